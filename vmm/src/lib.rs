@@ -1,1 +1,3 @@
-//! The microVM monitor.
+//! The microVM monitor: KVM, guest memory and virtio devices. Knows nothing of containers.
+
+pub mod control;
