@@ -1,1 +1,36 @@
-//! Agent protocol.
+//! The contract between the supervisor on the host and the agent, PID 1 of the guest.
+//!
+//! Messages and service are generated from `agent.proto`, which documents every field. What ttrpc does not carry
+//! is here: the ports, where the share is mounted, the alphabet of ids and the header of a stdio stream. Both
+//! sides use this one crate, so they cannot disagree.
+//!
+//! Nothing in this crate does I/O or trusts its input: parsers are total, bounded and strict.
+
+mod id;
+mod stdio;
+
+pub use id::{ID_MAX, InvalidId, check_id};
+pub use stdio::{HEADER_MAX, InvalidHeader, Stream, StreamHeader};
+
+/// What the code generator makes of `agent.proto`.
+// Generated: the documentation is in agent.proto, the style is the generator's.
+#[allow(missing_docs, clippy::all, clippy::unwrap_used)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/generated.rs"));
+}
+
+/// Messages of the contract.
+pub use generated::agent as messages;
+/// `AgentClient` for the host, the trait `Agent` and `create_agent` for the guest.
+pub use generated::agent_ttrpc as service;
+
+/// Version of the contract. The host brings its own guest image, so both sides must have the same.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// Guest port of the ttrpc service.
+pub const RPC_PORT: u32 = 1024;
+/// Guest port of stdio streams.
+pub const STDIO_PORT: u32 = 1025;
+/// Tag of the virtio-fs device that holds container roots and volumes.
+pub const SHARE_TAG: &str = "share";
+/// Where the guest mounts that device.
+pub const SHARE_MOUNT_POINT: &str = "/run/stockade/share";
