@@ -1,1 +1,3 @@
-//! Placeholder.
+//! What the black-box suites and the benchmarks stand on. The suites themselves are in `tests/tests`.
+
+pub mod lab;

@@ -1,0 +1,88 @@
+//! The list of cases as the test binary runs it: shared cases two at a time, exclusive ones alone.
+//!
+//! An exclusive case owns the machine while it runs, so whatever is there afterwards and was not before is its
+//! own leak: that is checked after each of them.
+
+use std::sync::{Mutex, PoisonError, RwLock};
+
+use libtest_mimic::{Failed, Trial};
+
+use super::{Runtime, Traces};
+
+/// One behaviour of the runtime.
+#[derive(Clone, Copy)]
+pub struct Case {
+    name: &'static str,
+    body: fn(),
+    exclusive: bool,
+    /// Why the case says nothing about a runtime without a VM, when it does not.
+    stockade_only: Option<&'static str>,
+}
+
+impl Case {
+    /// A case that may run beside others. `name` begins with the name of this crate.
+    pub const fn new(name: &'static str, body: fn()) -> Self {
+        Self { name, body, exclusive: false, stockade_only: None }
+    }
+
+    /// Runs alone, and must leave the machine as it found it.
+    pub const fn exclusive(self) -> Self {
+        Self { exclusive: true, ..self }
+    }
+
+    /// Is ignored when the runtime under test is another one, for the reason given.
+    pub const fn stockade_only(self, why: &'static str) -> Self {
+        Self { stockade_only: Some(why), ..self }
+    }
+
+    fn run(self) -> Result<(), Failed> {
+        static MACHINE: RwLock<()> = RwLock::new(());
+        if !self.exclusive {
+            let _shared = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+            return guarded(self.body);
+        }
+        let _alone = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+        let before = Traces::now();
+        guarded(self.body)?;
+        before.assert_nothing_new()
+    }
+}
+
+/// A case's panic is its failure. The hook has already printed where it happened.
+fn guarded(body: fn()) -> Result<(), Failed> {
+    std::panic::catch_unwind(body).map_err(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or("panicked");
+        Failed::from(text)
+    })
+}
+
+/// Turns the cases into what the test harness runs, the exclusive ones last so that they do not make the others
+/// wait, and adds a last one that looks at what all of them together left.
+pub fn into_trials(cases: &[Case]) -> Vec<Trial> {
+    static BEGIN: Mutex<Option<Traces>> = Mutex::new(None);
+    *BEGIN.lock().unwrap_or_else(PoisonError::into_inner) = Some(Traces::now());
+    const LAST: Case = Case::new("e2e::zz_all_cases_together_left_nothing", || {
+        let begin = BEGIN.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let outcome = begin.expect("taken once").assert_nothing_new();
+        if let Err(failed) = outcome {
+            panic!("{}", failed.message().unwrap_or_default());
+        }
+    })
+    .exclusive();
+    let foreign = !Runtime::under_test().is_stockade();
+    let mut cases = cases.to_vec();
+    cases.sort_by_key(|case| (case.exclusive, case.name));
+    cases.push(LAST);
+    cases
+        .into_iter()
+        .map(|case| {
+            let ignored = foreign && case.stockade_only.is_some();
+            let name = case.name.split_once("::").map_or(case.name, |(_, rest)| rest);
+            Trial::test(name, move || case.run()).with_ignored_flag(ignored)
+        })
+        .collect()
+}

@@ -1,0 +1,36 @@
+//! What the cases are written with: bundles to run, a driver for the runtime under test, the programs it
+//! starts, terminals, and the check that nothing is left behind.
+//!
+//! Two rules hold for everything in here. Nothing sleeps: code waits for an event (a line of output, an end of
+//! file, the end of a process). And a deadline is a guard against hangs, never a measure: when it strikes, the
+//! case fails with everything known about what hung.
+
+mod bundle;
+mod case;
+mod leaks;
+mod program;
+mod runtime;
+mod stream;
+mod terminal;
+
+pub use bundle::{Bundle, Rootfs, host_scratch};
+pub use case::{Case, into_trials};
+pub use leaks::Traces;
+pub use program::{Ended, Exit, Program, Stdin, pidfd_wait};
+pub use runtime::{Container, Id, Runtime};
+pub use stream::Stream;
+pub use terminal::{ConsoleSocket, Pty};
+
+use std::time::Duration;
+
+/// How long anything may take before it counts as hung. One VM start takes two seconds in the lab and eight at
+/// once some twenty; the emulator's own hiccups are seconds.
+pub const HANG: Duration = Duration::from_secs(120);
+
+/// Registers a case under `file::function`.
+macro_rules! case {
+    ($function:ident) => {
+        $crate::harness::Case::new(concat!(module_path!(), "::", stringify!($function)), $function)
+    };
+}
+pub(crate) use case;
