@@ -329,7 +329,9 @@ impl Channel {
     #[allow(clippy::type_complexity)]
     fn recv<T: DeserializeOwned>(&self, flags: MsgFlags) -> Result<Poll<Option<(T, Vec<OwnedFd>)>>, Error> {
         let mut bytes = vec![0u8; MAX_MESSAGE];
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        // Room for as many as the kernel passes at once (SCM_MAX_FD), so that no surplus one is ever cut off
+        // unseen: what came is owned below and closed there when it is too much.
+        let mut space = nix::cmsg_space!([RawFd; 253]);
         let mut iov = [io::IoSliceMut::new(&mut bytes)];
         let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
         let message = loop {
@@ -350,8 +352,8 @@ impl Channel {
                 fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
-        if message.flags.contains(MsgFlags::MSG_CTRUNC) {
-            return Err(Error::Descriptors { expected: MAX_FDS, found: MAX_FDS + 1 });
+        if fds.len() > MAX_FDS {
+            return Err(Error::Descriptors { expected: MAX_FDS, found: fds.len() });
         }
         if message.flags.contains(MsgFlags::MSG_TRUNC) {
             return Err(Error::TooLong);
