@@ -1,0 +1,39 @@
+# `make run` and `make test` set everything up on a fresh Debian 12 with Rust and git. What the targets do is
+# in tests/stages.sh; see there for the packages and for where things are kept.
+
+PREFIX ?= /usr/local
+CARGO_TARGET_DIR ?= target
+STAGE = $(CARGO_TARGET_DIR)/stage
+export CARGO_TARGET_DIR
+
+.DEFAULT_GOAL := help
+.PHONY: help run test bench image install lab lint fmt
+
+help:
+	@echo 'make run      set everything up and run a container in a microVM'
+	@echo 'make test     set everything up and run all tests'
+	@echo 'make bench    measure the start of a container on the virtual clock'
+	@echo 'make image    build the binaries, the guest kernel and the initrd'
+	@echo 'make install  copy binary and guest files to PREFIX ($(PREFIX))'
+	@echo 'make lab      a shell on an emulated KVM host, with stockade on PATH'
+	@echo 'make lint     formatting, clippy, and cargo-deny where it is installed'
+	@echo 'make fmt      format the code'
+
+run test bench image lab:
+	@tests/stages.sh $@
+
+# Installs what `make image` left, so that `sudo make install` needs no Rust toolchain.
+install:
+	@test -e $(STAGE)/lib/stockade/manifest.json || tests/stages.sh image
+	install -D -m 755 $(STAGE)/bin/stockade $(DESTDIR)$(PREFIX)/bin/stockade
+	install -d $(DESTDIR)$(PREFIX)/lib/stockade
+	install -m 644 $(STAGE)/lib/stockade/* $(DESTDIR)$(PREFIX)/lib/stockade
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check licenses bans sources; \
+	else echo 'cargo-deny is not installed: licences and duplicates were not checked'; fi
+
+fmt:
+	cargo fmt --all
