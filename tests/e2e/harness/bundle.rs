@@ -17,13 +17,19 @@ pub enum Rootfs {
 }
 
 impl Rootfs {
-    fn path(self) -> PathBuf {
+    /// Path of the tree on the host.
+    pub fn path(self) -> PathBuf {
         let name = match self {
             Self::Busybox => "busybox",
             Self::Debian => "debian",
         };
         let all = std::env::var_os("STOCKADE_E2E_BUNDLES").unwrap_or_else(|| "/bundles".into());
         Path::new(&all).join(name).join("rootfs")
+    }
+
+    /// Path on the host of a program in its /bin.
+    pub fn program(self, name: &str) -> PathBuf {
+        self.path().join("bin").join(name)
     }
 }
 

@@ -16,7 +16,7 @@ mod terminal;
 pub use bundle::{Bundle, Rootfs, host_scratch};
 pub use case::{Case, into_trials};
 pub use leaks::Traces;
-pub use program::{Ended, Exit, Program, Stdin, pidfd_wait};
+pub use program::{Ended, Exit, Program, Stdin, wait_gone};
 pub use runtime::{Container, Id, Runtime};
 pub use stream::Stream;
 pub use terminal::{ConsoleSocket, Pty};

@@ -57,8 +57,10 @@ impl Machine {
         let (link, guest_link) = UnixStream::pair().map_err(io_error("make the lab's link"))?;
         let mut command = Command::new("qemu-system-x86_64");
         command.args(arguments(hardware, guest_console.as_raw_fd(), guest_link.as_raw_fd()));
-        // The console says what went wrong; QEMU's own warnings are about features that TCG lacks.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // What QEMU itself has to say is read where the console is.
+        let complaints: OwnedFd =
+            guest_console.try_clone().map_err(io_error("make the lab's console"))?.into();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(complaints);
         // Away from the terminal's process group: in a shell, ^C belongs to the lab.
         command.process_group(0);
         let parent = std::process::id() as i32;

@@ -1,0 +1,111 @@
+//! Further processes in a running container.
+
+use std::fs;
+
+use serde_json::json;
+
+use crate::harness::{Bundle, Case, Exit, Runtime, Stdin, case, host_scratch};
+
+pub const CASES: &[Case] = &[
+    case!(exit_code_streams_and_stdin_of_an_exec),
+    case!(exec_options_set_environment_user_and_directory),
+    case!(process_file_describes_the_exec),
+    case!(two_execs_run_at_once),
+    case!(detached_exec_has_a_host_process),
+    case!(exec_of_a_missing_command_is_named_and_harms_nothing),
+    case!(exec_ends_with_its_container),
+];
+
+fn exit_code_streams_and_stdin_of_an_exec() {
+    let container = Runtime::under_test().idle();
+    let ended = container.exec("echo out; echo err >&2; exit 123").code(123);
+    assert_eq!((ended.text().as_str(), ended.stderr.as_str()), ("out\n", "err\n"));
+
+    let bytes: Vec<u8> = (0..2_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    let copied = container.start_exec(&[], &["cat"], Stdin::Bytes(bytes.clone())).finish().code(0);
+    assert!(copied.stdout == bytes, "{} bytes came back changed", copied.stdout.len());
+
+    // It is in the container: same namespaces, same cgroup, and the workload beside it.
+    let text = container.exec("hostname; cat /proc/1/cmdline | tr '\\0' ' '; echo; [ $$ != 1 ] && echo beside").ok();
+    assert_eq!(text, "e2e\nsleep 100000 \nbeside\n");
+    for kind in ["pid", "mnt", "uts", "ipc", "net", "cgroup"] {
+        let same = container.exec(&format!("[ $(readlink /proc/self/ns/{kind}) = $(readlink /proc/1/ns/{kind}) ]"));
+        same.code(0);
+    }
+    assert_eq!(container.status(), "running");
+}
+
+fn exec_options_set_environment_user_and_directory() {
+    let container = Runtime::under_test().idle();
+    let options = ["--env", "ADDED=a b", "--cwd", "/proc", "--user", "7:8"];
+    let script = "echo $ADDED $TERM; pwd; id -u; id -g; hostname";
+    let text = container.start_exec(&options, &["sh", "-c", script], Stdin::Null).finish().ok();
+    assert_eq!(text, "a b xterm\n/proc\n7\n8\ne2e\n");
+}
+
+fn process_file_describes_the_exec() {
+    let container = Runtime::under_test().idle();
+    let dir = host_scratch();
+    let file = dir.path().join("process.json");
+    let process = json!({
+        "terminal": false,
+        "user": { "uid": 11, "gid": 12, "additionalGids": [13] },
+        "args": ["sh", "-c", "id -u; id -G; pwd; echo $ONLY; ulimit -n; grep CapBnd /proc/self/status; exit 21"],
+        "env": ["PATH=/bin", "ONLY=this"],
+        "cwd": "/dev",
+        "capabilities": { "bounding": ["CAP_CHOWN"] },
+        "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 77, "hard": 77 }],
+        "noNewPrivileges": true
+    });
+    fs::write(&file, process.to_string()).unwrap();
+    let options = ["--process", file.to_str().unwrap()];
+    let ended = container.start_exec(&options, &[], Stdin::Null).finish().code(21);
+    assert_eq!(ended.text(), "11\n12 13\n/dev\nthis\n77\nCapBnd:\t0000000000000001\n");
+}
+
+fn two_execs_run_at_once() {
+    let container = Runtime::under_test().idle();
+    let script = "echo hello; read line; echo \"$line\"; exit";
+    let mut first = container.start_exec(&[], &["sh", "-c", &format!("{script} 1")], Stdin::Pipe);
+    let mut second = container.start_exec(&[], &["sh", "-c", &format!("{script} 2")], Stdin::Pipe);
+    // Both have begun before either can end.
+    first.expect_line("hello");
+    second.expect_line("hello");
+    second.write("to the second\n");
+    assert_eq!(second.finish().code(2).text(), "hello\nto the second\n");
+    first.write("to the first\n");
+    assert_eq!(first.finish().code(1).text(), "hello\nto the first\n");
+}
+
+fn detached_exec_has_a_host_process() {
+    let container = Runtime::under_test().idle();
+    let dir = host_scratch();
+    let pid_file = dir.path().join("pid");
+    let options = ["--detach", "--pid-file", pid_file.to_str().unwrap()];
+    let mut exec = container.start_exec(&options, &["sh", "-c", "echo detached; read line"], Stdin::Pipe);
+    assert_eq!(exec.exit(), Exit::Code(0), "{}", exec.report());
+    exec.expect_line("detached");
+    let pid: i32 = fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
+    assert!(fs::exists(format!("/proc/{pid}")).unwrap(), "process {pid} of the pid file is not there");
+    exec.write("end\n");
+    crate::harness::wait_gone(pid);
+    exec.finish();
+    assert_eq!(container.status(), "running");
+}
+
+fn exec_of_a_missing_command_is_named_and_harms_nothing() {
+    let container = Runtime::under_test().idle();
+    let reason = container.start_exec(&[], &["no-such-program"], Stdin::Null).finish().refused();
+    assert!(reason.contains("no-such-program"), "{reason}");
+    assert_eq!(container.exec("echo still").ok(), "still\n");
+}
+
+fn exec_ends_with_its_container() {
+    let container = Runtime::under_test().start(&Bundle::idle(), Stdin::Null);
+    container.program.expect_line("ready");
+    let mut exec = container.start_exec(&[], &["sh", "-c", "echo begun; exec sleep 100000"], Stdin::Null);
+    exec.expect_line("begun");
+    container.kill("KILL");
+    container.finish().code(137);
+    exec.finish().code(137);
+}

@@ -1,0 +1,126 @@
+//! Terminals: handed over a console socket, or the caller's own; of a container and of an exec; their size.
+
+use std::ffi::OsStr;
+
+use serde_json::json;
+
+use crate::harness::{Bundle, Case, ConsoleSocket, Exit, Id, Program, Pty, Runtime, Stdin, case};
+
+pub const CASES: &[Case] = &[
+    case!(console_socket_gets_a_terminal_of_the_size_asked_for),
+    case!(resize_reaches_the_workload),
+    case!(run_takes_over_the_callers_terminal),
+    case!(interrupt_key_reaches_the_workload),
+    case!(exec_gets_a_terminal_of_its_own),
+    case!(console_socket_without_terminal_is_refused),
+];
+
+/// Says its size now and at each change.
+const SIZES: &str =
+    "trap 'stty size' WINCH; stty size; echo ready; while :; do sleep 1000 & wait $!; done";
+
+fn console_socket_gets_a_terminal_of_the_size_asked_for() {
+    let runtime = Runtime::under_test();
+    let socket = ConsoleSocket::new();
+    let script = "tty; stty size; echo err >&2; stty -echo; echo ready; read line; echo \"got $line\"; exit 3";
+    let bundle = Bundle::sh(script).terminal().set("/process/consoleSize", json!({ "height": 31, "width": 97 }));
+    let options = ["--console-socket".as_ref(), socket.path().as_os_str()];
+    let container = runtime.create_with(&bundle, Stdin::Null, &options);
+    let terminal = socket.terminal();
+    let pid = container.pid();
+    container.op("start").ok();
+    let tty = terminal.line();
+    assert!(tty == "/dev/pts/0" || tty == "/dev/console", "{tty}");
+    for line in ["31 97", "err", "ready"] {
+        terminal.expect_line(line);
+    }
+    terminal.write("typed\n");
+    terminal.expect_line("got typed");
+    container.wait_stopped(pid);
+    container.delete();
+    terminal.ended();
+}
+
+fn resize_reaches_the_workload() {
+    let socket = ConsoleSocket::new();
+    let options: [&OsStr; 2] = ["--console-socket".as_ref(), socket.path().as_os_str()];
+    let container = Runtime::under_test().create_with(&Bundle::sh(SIZES).terminal(), Stdin::Null, &options);
+    let terminal = socket.terminal();
+    terminal.resize(24, 80);
+    container.op("start").ok();
+    terminal.expect_line("24 80");
+    terminal.expect_line("ready");
+    for (rows, columns) in [(40, 132), (10, 20)] {
+        terminal.resize(rows, columns);
+        terminal.expect_line(&format!("{rows} {columns}"));
+    }
+    // Again to the same size: no event, and the next real one still comes.
+    terminal.resize(10, 20);
+    terminal.resize(50, 60);
+    terminal.expect_line("50 60");
+}
+
+/// Begins to run a bundle on a terminal of the test's own.
+fn run_on_terminal(bundle: &Bundle, rows: u16, columns: u16) -> (crate::harness::Container, Pty) {
+    let runtime = Runtime::under_test();
+    let (terminal, slave) = Pty::open(rows, columns);
+    let id = Id::new();
+    let mut command = runtime.run_command(bundle, &id);
+    command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
+    let program = Program::spawn_raw(command, Stdin::Null);
+    (runtime.adopt(id, program), terminal)
+}
+
+fn run_takes_over_the_callers_terminal() {
+    let (mut container, terminal) = run_on_terminal(&Bundle::sh(SIZES).terminal(), 33, 44);
+    terminal.expect_line("33 44");
+    terminal.expect_line("ready");
+    terminal.resize(55, 66);
+    // Whoever sets the size of a terminal has its foreground group signalled; `run` has no controlling terminal
+    // here, so its caller does it, as a terminal would.
+    container.program.signal(nix::sys::signal::Signal::SIGWINCH);
+    terminal.expect_line("55 66");
+    container.kill("KILL");
+    assert_eq!(container.program.exit(), Exit::Code(137));
+}
+
+fn interrupt_key_reaches_the_workload() {
+    let script = "trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 1000 & wait $!; done";
+    let (mut container, terminal) = run_on_terminal(&Bundle::sh(script).terminal(), 24, 80);
+    terminal.expect_line("ready");
+    terminal.write("\x03");
+    let line = terminal.line();
+    assert!(line.ends_with("interrupted"), "{line:?}");
+    assert_eq!(container.program.exit(), Exit::Code(9));
+}
+
+fn exec_gets_a_terminal_of_its_own() {
+    let container = Runtime::under_test().idle();
+    let socket = ConsoleSocket::new();
+    let path = socket.path().display().to_string();
+    let script = "tty; test -t 0 && test -t 1 && test -t 2 && echo all; echo ready; read line; echo \"got $line\"; exit 6";
+    let mut exec = container.start_exec(&["--tty", "--console-socket", &path], &["sh", "-c", script], Stdin::Null);
+    let terminal = socket.terminal();
+    let tty = terminal.line();
+    assert!(tty.starts_with("/dev/"), "{tty}");
+    terminal.expect_line("all");
+    terminal.expect_line("ready");
+    terminal.write("typed\n");
+    terminal.expect_line("typed");
+    terminal.expect_line("got typed");
+    assert_eq!(exec.exit(), Exit::Code(6));
+    // The container's own streams have seen nothing of it.
+    container.kill("KILL");
+    assert_eq!(container.program.stdout.text(), "ready\n");
+}
+
+fn console_socket_without_terminal_is_refused() {
+    let socket = ConsoleSocket::new();
+    let bundle = Bundle::sh("true");
+    let id = Id::new();
+    let runtime = Runtime::under_test();
+    let mut command = runtime.command(["create", "--console-socket"]);
+    command.arg(socket.path()).arg("--bundle").arg(bundle.save()).arg(&id);
+    Program::spawn(command, Stdin::Null).finish().refused();
+    runtime.call(&["state", id.as_str()]).refused();
+}
