@@ -1,0 +1,414 @@
+//! What a guest may do to the share directory: `fuse-backend-rs`' passthrough file system, with the guest's
+//! requests checked first.
+//!
+//! The guest's kernel checks permissions (virtiofs always mounts with `default_permissions`), so the host
+//! side does as it is told, within the directory. Refused are: names that are not one plain path component
+//! (CVE-2026-47243), device nodes (CVE-2026-24834), extended attributes outside of an allow-list, more
+//! open handles or known inodes than [`Limits`] (CVE-2020-10717). Symbolic links are never followed here:
+//! inodes are opened with `O_PATH|O_NOFOLLOW` component by component, and only directories and regular files
+//! are ever opened for more.
+//!
+//! Caching: data is written through, at once. What the guest has cached of names, attributes and data is
+//! taken as valid for [`VALID_FOR`]; then it is asked for again, and data is dropped if size or modification
+//! time differ. So a change on the host shows in the guest within that time, as with NFS.
+
+use std::ffi::CStr;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
+use fuse_backend_rs::api::filesystem::{
+    Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+};
+use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
+
+/// How long the guest may use names and attributes without asking. One second is what virtiofsd has in its
+/// default mode: long enough that a container's start asks once for everything, short enough for volumes
+/// that others change too.
+const VALID_FOR: Duration = Duration::from_secs(1);
+
+/// Largest directory reply, in bytes; also bounds the buffer that is allocated for it.
+const MAX_DIRECTORY_REPLY: u32 = 1 << 20;
+
+/// Largest value or list of extended attributes, in bytes (XATTR_SIZE_MAX, XATTR_LIST_MAX in Linux).
+const MAX_XATTR: u32 = 64 << 10;
+
+type Inode = u64;
+type Handle = u64;
+
+/// See the module.
+pub struct Share {
+    inner: PassthroughFs,
+    handles: AtomicUsize,
+    max_handles: usize,
+}
+
+impl Share {
+    /// Serves the directory `root`.
+    pub fn new(root: String) -> io::Result<Self> {
+        let config = Config {
+            root_dir: root,
+            entry_timeout: VALID_FOR,
+            attr_timeout: VALID_FOR,
+            cache_policy: CachePolicy::Auto,
+            // File capabilities and ACLs of images and volumes are theirs to have.
+            xattr: true,
+            // A guest that writes to a set-uid file loses the bit, in the same request.
+            killpriv_v2: true,
+            writeback: false,
+            ..Config::default()
+        };
+        let inner = PassthroughFs::new(config)?;
+        inner.import()?;
+        Ok(Self { inner, handles: AtomicUsize::new(0), max_handles: 65536 })
+    }
+
+    fn may_open(&self) -> io::Result<()> {
+        if self.handles.load(Ordering::Relaxed) < self.max_handles { Ok(()) } else { fail(libc::ENFILE) }
+    }
+
+    fn opened(&self) {
+        self.handles.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn closed(&self) {
+        let _ = self.handles.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+    }
+}
+
+/// Lets the calling thread create files as another user without losing its capabilities for that moment.
+///
+/// The guest has checked permissions, with supplementary groups that are not known here: without this,
+/// creating a file in a directory that belongs to such a group would fail. Needs CAP_SETPCAP; without it
+/// the host's own checks apply on top.
+pub fn keep_capabilities() {
+    const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: prctl with integer arguments changes nothing but this thread's credentials.
+    let done = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) };
+    if done != 0 {
+        tracing::debug!("fs thread cannot keep its capabilities across changes of user");
+    }
+}
+
+fn fail<T>(errno: i32) -> io::Result<T> {
+    Err(io::Error::from_raw_os_error(errno))
+}
+
+/// One plain path component, as FUSE clients send it.
+fn check_name(name: &CStr) -> io::Result<()> {
+    match name.to_bytes() {
+        b"" | b"." | b".." => fail(libc::EINVAL),
+        name if name.contains(&b'/') => fail(libc::EINVAL),
+        _ => Ok(()),
+    }
+}
+
+/// Attributes that make sense to both sides. Labels of the host's security modules and `trusted.*`, which
+/// steers overlayfs on the host, are none of the guest's business.
+fn check_xattr(name: &CStr) -> io::Result<()> {
+    let name = name.to_bytes();
+    if name.starts_with(b"user.")
+        || name == b"security.capability"
+        || name == b"system.posix_acl_access"
+        || name == b"system.posix_acl_default"
+    {
+        Ok(())
+    } else {
+        fail(libc::EOPNOTSUPP)
+    }
+}
+
+impl FileSystem for Share {
+    type Inode = Inode;
+    type Handle = Handle;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        self.handles.store(0, Ordering::Relaxed);
+        let ours = FsOptions::ASYNC_READ
+            | FsOptions::BIG_WRITES
+            | FsOptions::MAX_PAGES
+            | FsOptions::AUTO_INVAL_DATA
+            | FsOptions::ASYNC_DIO
+            | FsOptions::PARALLEL_DIROPS
+            | FsOptions::ATOMIC_O_TRUNC
+            | FsOptions::INIT_EXT;
+        Ok((self.inner.init(capable)? | ours) & capable)
+    }
+
+    fn destroy(&self) {
+        self.handles.store(0, Ordering::Relaxed);
+        self.inner.destroy();
+    }
+
+    fn lookup(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        check_name(name)?;
+        self.inner.lookup(ctx, parent, name)
+    }
+
+    fn forget(&self, ctx: &Context, inode: Inode, count: u64) {
+        self.inner.forget(ctx, inode, count);
+    }
+
+    fn batch_forget(&self, ctx: &Context, requests: Vec<(Inode, u64)>) {
+        self.inner.batch_forget(ctx, requests);
+    }
+
+    fn getattr(&self, ctx: &Context, inode: Inode, handle: Option<Handle>) -> io::Result<(stat64, Duration)> {
+        self.inner.getattr(ctx, inode, handle)
+    }
+
+    fn setattr(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        attr: stat64,
+        handle: Option<Handle>,
+        valid: SetattrValid,
+    ) -> io::Result<(stat64, Duration)> {
+        self.inner.setattr(ctx, inode, attr, handle, valid)
+    }
+
+    fn readlink(&self, ctx: &Context, inode: Inode) -> io::Result<Vec<u8>> {
+        self.inner.readlink(ctx, inode)
+    }
+
+    fn symlink(&self, ctx: &Context, target: &CStr, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        check_name(name)?;
+        self.inner.symlink(ctx, target, parent, name)
+    }
+
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        check_name(name)?;
+        match mode & libc::S_IFMT {
+            libc::S_IFREG | libc::S_IFIFO | libc::S_IFSOCK => (),
+            // What overlayfs in the guest marks deleted files with; it is no device.
+            libc::S_IFCHR if rdev == 0 => (),
+            _ => return fail(libc::EPERM),
+        }
+        self.inner.mknod(ctx, parent, name, mode, rdev, umask)
+    }
+
+    fn mkdir(&self, ctx: &Context, parent: Inode, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
+        check_name(name)?;
+        self.inner.mkdir(ctx, parent, name, mode, umask)
+    }
+
+    fn unlink(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        check_name(name)?;
+        self.inner.unlink(ctx, parent, name)
+    }
+
+    fn rmdir(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        check_name(name)?;
+        self.inner.rmdir(ctx, parent, name)
+    }
+
+    fn rename(
+        &self,
+        ctx: &Context,
+        from: Inode,
+        from_name: &CStr,
+        to: Inode,
+        to_name: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        check_name(from_name)?;
+        check_name(to_name)?;
+        // RENAME_WHITEOUT makes a device node, if a harmless one; the guest's overlayfs does without.
+        if flags & !(libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) != 0 {
+            return fail(libc::EINVAL);
+        }
+        self.inner.rename(ctx, from, from_name, to, to_name, flags)
+    }
+
+    fn link(&self, ctx: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        check_name(name)?;
+        self.inner.link(ctx, inode, parent, name)
+    }
+
+    fn open(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<(Option<Handle>, OpenOptions, Option<u32>)> {
+        self.may_open()?;
+        self.inner.open(ctx, inode, flags, fuse_flags).inspect(|_| self.opened())
+    }
+
+    fn create(
+        &self,
+        ctx: &Context,
+        parent: Inode,
+        name: &CStr,
+        args: CreateIn,
+    ) -> io::Result<(Entry, Option<Handle>, OpenOptions, Option<u32>)> {
+        check_name(name)?;
+        self.may_open()?;
+        self.inner.create(ctx, parent, name, args).inspect(|_| self.opened())
+    }
+
+    fn read(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        handle: Handle,
+        writer: &mut dyn ZeroCopyWriter,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        flags: u32,
+    ) -> io::Result<usize> {
+        self.inner.read(ctx, inode, handle, writer, size, offset, lock_owner, flags)
+    }
+
+    fn write(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        handle: Handle,
+        reader: &mut dyn ZeroCopyReader,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        delayed: bool,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<usize> {
+        self.inner.write(ctx, inode, handle, reader, size, offset, lock_owner, delayed, flags, fuse_flags)
+    }
+
+    fn flush(&self, ctx: &Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()> {
+        self.inner.flush(ctx, inode, handle, lock_owner)
+    }
+
+    fn fsync(&self, ctx: &Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()> {
+        self.inner.fsync(ctx, inode, datasync, handle)
+    }
+
+    fn fallocate(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        handle: Handle,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        self.inner.fallocate(ctx, inode, handle, mode, offset, length)
+    }
+
+    fn release(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        flags: u32,
+        handle: Handle,
+        flush: bool,
+        flock_release: bool,
+        lock_owner: Option<u64>,
+    ) -> io::Result<()> {
+        self.inner
+            .release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
+            .inspect(|()| self.closed())
+    }
+
+    fn statfs(&self, ctx: &Context, inode: Inode) -> io::Result<statvfs64> {
+        self.inner.statfs(ctx, inode)
+    }
+
+    fn setxattr(&self, ctx: &Context, inode: Inode, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        check_xattr(name)?;
+        self.inner.setxattr(ctx, inode, name, value, flags)
+    }
+
+    fn getxattr(&self, ctx: &Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        check_xattr(name)?;
+        self.inner.getxattr(ctx, inode, name, size.min(MAX_XATTR))
+    }
+
+    fn listxattr(&self, ctx: &Context, inode: Inode, size: u32) -> io::Result<ListxattrReply> {
+        Ok(match self.inner.listxattr(ctx, inode, size.min(MAX_XATTR))? {
+            ListxattrReply::Names(names) => ListxattrReply::Names(visible_names(&names)),
+            count => count,
+        })
+    }
+
+    fn removexattr(&self, ctx: &Context, inode: Inode, name: &CStr) -> io::Result<()> {
+        check_xattr(name)?;
+        self.inner.removexattr(ctx, inode, name)
+    }
+
+    fn opendir(&self, ctx: &Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
+        self.may_open()?;
+        self.inner.opendir(ctx, inode, flags).inspect(|_| self.opened())
+    }
+
+    fn readdir(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        handle: Handle,
+        size: u32,
+        offset: u64,
+        add_entry: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        self.inner.readdir(ctx, inode, handle, size.min(MAX_DIRECTORY_REPLY), offset, add_entry)
+    }
+
+    fn readdirplus(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        handle: Handle,
+        size: u32,
+        offset: u64,
+        add_entry: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        self.inner.readdirplus(ctx, inode, handle, size.min(MAX_DIRECTORY_REPLY), offset, add_entry)
+    }
+
+    fn fsyncdir(&self, ctx: &Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()> {
+        self.inner.fsyncdir(ctx, inode, datasync, handle)
+    }
+
+    fn releasedir(&self, ctx: &Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()> {
+        self.inner.releasedir(ctx, inode, flags, handle).inspect(|()| self.closed())
+    }
+
+    fn access(&self, ctx: &Context, inode: Inode, mask: u32) -> io::Result<()> {
+        self.inner.access(ctx, inode, mask)
+    }
+
+    fn lseek(
+        &self,
+        ctx: &Context,
+        inode: Inode,
+        handle: Handle,
+        offset: u64,
+        whence: u32,
+    ) -> io::Result<u64> {
+        self.inner.lseek(ctx, inode, handle, offset, whence)
+    }
+}
+
+/// The names of a list that [`check_xattr`] lets through.
+fn visible_names(names: &[u8]) -> Vec<u8> {
+    names
+        .split_inclusive(|byte| *byte == 0)
+        .filter(|name| CStr::from_bytes_with_nul(name).is_ok_and(|name| check_xattr(name).is_ok()))
+        .flatten()
+        .copied()
+        .collect()
+}
