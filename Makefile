@@ -27,7 +27,8 @@ install:
 	@test -e $(STAGE)/lib/stockade/manifest.json || tests/stages.sh image
 	install -D -m 755 $(STAGE)/bin/stockade $(DESTDIR)$(PREFIX)/bin/stockade
 	install -d $(DESTDIR)$(PREFIX)/lib/stockade
-	install -m 644 $(STAGE)/lib/stockade/* $(DESTDIR)$(PREFIX)/lib/stockade
+	install -m 644 $(addprefix $(STAGE)/lib/stockade/,vmlinux initrd.img manifest.json) \
+		$(DESTDIR)$(PREFIX)/lib/stockade
 
 lint:
 	cargo fmt --all --check

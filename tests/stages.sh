@@ -59,7 +59,8 @@ stage() {
 }
 
 report() {
-    printf '\n%s\n' "${summary[@]}"
+    echo
+    printf '%s\n' "${summary[@]}"
     printf '%-14s %-68s %5s s\n' total '' "$SECONDS"
 }
 
@@ -122,6 +123,21 @@ make_lab_image() {
     image=$("$release/stockade-lab" image)
     did='reused from the cache'
     [ "$(stat -c %Z "$image")" -lt "$before" ] || did='made'
+    [ "$goal" != test ] || ! "$release/stockade-lab" kvm >/dev/null || lay_out_root_file_systems "$image"
+}
+
+# Where the tests run directly on this machine they need the root file systems that the lab's image holds.
+lay_out_root_file_systems() {
+    local image=$1 to=$CARGO_TARGET_DIR/bundles
+    export STOCKADE_E2E_BUNDLES=$to
+    if [ "$(cat "$to/from" 2>/dev/null)" != "$image" ]; then
+        rm -rf "$to"
+        mkdir -p "$to"
+        # Mounted where nobody else sees it, and gone with the shell. (debugfs would lose set-user-ID bits.)
+        quietly bundles unshare --mount sh -euc \
+            'mount -o loop,ro "$1" /mnt; cp -a /mnt/bundles/. "$2"' sh "$image/root.ext4" "$to"
+        echo "$image" >"$to/from"
+    fi
 }
 
 # A bundle of the real kind: busybox's root file system and a config.json.
@@ -192,7 +208,7 @@ run_benchmark() {
 }
 
 unit_tests() { cargo_test unit --lib --bins; }
-end_to_end_tests() { cargo_test end-to-end --test '*'; }
+end_to_end_tests() { PATH=$STOCKADE_STAGE/bin:$PATH cargo_test end-to-end --test '*'; }
 
 prepare() {
     stage packages install_packages
