@@ -174,7 +174,7 @@ fn read_headers(file: &File, length: u64) -> Result<(u64, Vec<u8>), Error> {
 }
 
 fn load_segment(memory: &GuestMemory, file: &File, segment: &Segment) -> Result<(), Error> {
-    let aligned = segment.offset % PAGE == 0 && segment.start.raw_value() % PAGE == 0;
+    let aligned = segment.offset.is_multiple_of(PAGE) && segment.start.raw_value().is_multiple_of(PAGE);
     // Whole pages only: the rest of a last page holds bytes of the file that are not the segment's.
     let mapped = if MAP_TEXT && !segment.writable && aligned { segment.file_size / PAGE * PAGE } else { 0 };
     if mapped > 0 {

@@ -1,12 +1,20 @@
 //! The microVM monitor: KVM, guest memory and virtio devices. Knows nothing of containers.
 
 mod boot_params;
+mod bus;
 mod cmdline;
 pub mod control;
 pub mod host;
 pub mod io_loop;
 mod kernel;
+mod machine;
 pub mod memory;
 mod mp_table;
-mod slots;
+mod process;
+mod serial;
+pub mod slots;
+mod vcpu;
 pub mod virtio;
+
+pub use machine::{GUEST_CID, MAX_VCPUS, SHARE_TAG};
+pub use process::run;

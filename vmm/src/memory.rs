@@ -89,7 +89,7 @@ pub enum Error {
 
 /// Where `bytes` of RAM lie in the guest: start and length of one or two ranges.
 pub fn ranges(bytes: u64) -> Result<Vec<(u64, u64)>, Error> {
-    if !(MIN_BYTES..=MAX_BYTES).contains(&bytes) || bytes % PAGE != 0 {
+    if !(MIN_BYTES..=MAX_BYTES).contains(&bytes) || !bytes.is_multiple_of(PAGE) {
         return Err(Error::Size { bytes });
     }
     Ok(if bytes <= GAP_START { vec![(0, bytes)] } else { vec![(0, GAP_START), (GAP_END, bytes - GAP_START)] })
