@@ -270,3 +270,6 @@ fn message(iovecs: &mut [libc::iovec]) -> libc::msghdr {
     message.msg_iovlen = iovecs.len() as _;
     message
 }
+
+#[cfg(test)]
+mod tests;

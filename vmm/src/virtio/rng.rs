@@ -118,3 +118,6 @@ impl Worker for Source {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
