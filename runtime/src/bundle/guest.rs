@@ -1,0 +1,164 @@
+//! What of a bundle the host does, and the configuration that is left for the guest.
+//!
+//! The guest sees the host's files only below the share: the root filesystem at `<share>/<id>/rootfs` and the
+//! source of each bind mount at `<share>/<id>/mounts/<n>`. In the guest's configuration these paths take the place
+//! of the host's, and what belongs to the host (hooks, cgroup path, network namespace) is gone. What a bundle makes
+//! read-only the host binds read-only, so that the guest cannot change its mind.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Mount};
+use stockade_agent_protocol::SHARE_MOUNT_POINT;
+
+use super::validate::is_bind;
+use super::{Bundle, Error};
+
+/// One bind mount into the share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bind {
+    /// Absolute path on the host.
+    pub source: PathBuf,
+    /// Below the share directory.
+    pub target: PathBuf,
+    /// With what is mounted below the source.
+    pub recursive: bool,
+    /// How much of it is read-only.
+    pub readonly: ReadOnly,
+}
+
+/// How much of a bind mount is read-only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// Nothing.
+    No,
+    /// The mount itself.
+    Top,
+    /// And all that is mounted below it.
+    All,
+}
+
+/// A bundle taken apart.
+#[derive(Debug)]
+pub struct Adapted {
+    /// The host's part, in this order; the root filesystem is the first.
+    pub binds: Vec<Bind>,
+    /// The guest's part: a config.json.
+    pub spec: Vec<u8>,
+}
+
+/// Takes a bundle apart for the container `id`, which must have passed the check of ids.
+pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
+    let mut spec = bundle.spec.clone();
+    let base = Path::new(id);
+    let in_guest = |target: &Path| Path::new(SHARE_MOUNT_POINT).join(target);
+
+    let rootfs = base.join("rootfs");
+    let mut binds = vec![Bind {
+        source: bundle.rootfs.clone(),
+        target: rootfs.clone(),
+        recursive: true,
+        readonly: if bundle.readonly_root() { ReadOnly::Top } else { ReadOnly::No },
+    }];
+    if let Some(root) = spec.root_mut() {
+        root.set_path(in_guest(&rootfs));
+    }
+    for mount in spec.mounts_mut().iter_mut().flatten().filter(|m| is_bind(m)) {
+        let target = base.join("mounts").join((binds.len() - 1).to_string());
+        let source = bundle.path.join(mount.source().as_deref().unwrap_or(Path::new("")));
+        binds.push(Bind {
+            source,
+            target: target.clone(),
+            recursive: is_recursive(mount),
+            readonly: readonly(mount),
+        });
+        mount.set_source(Some(in_guest(&target)));
+    }
+    if let Some(linux) = spec.linux_mut() {
+        // The guest's cgroups are its own; this one is the container's alone.
+        linux.set_cgroups_path(Some(Path::new("/").join(base)));
+        if let Some(namespaces) = linux.namespaces_mut() {
+            namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+        }
+    }
+    spec.set_hooks(None);
+    if let Some(process) = spec.process_mut() {
+        process.set_apparmor_profile(None);
+        process.set_selinux_label(None);
+    }
+    let spec = serde_json::to_vec(&spec).map_err(Error::Encode)?;
+    Ok(Adapted { binds, spec })
+}
+
+fn is_recursive(mount: &Mount) -> bool {
+    mount.options().iter().flatten().any(|option| option == "rbind")
+}
+
+/// As with mount(8), the last word counts.
+fn readonly(mount: &Mount) -> ReadOnly {
+    mount.options().iter().flatten().fold(ReadOnly::No, |so_far, option| match option.as_str() {
+        "ro" => ReadOnly::Top,
+        "rro" => ReadOnly::All,
+        "rw" | "rrw" => ReadOnly::No,
+        _ => so_far,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::tests::bundle;
+    use serde_json::{Value, json};
+
+    fn adapted(changes: Value) -> (Adapted, Value) {
+        let (_dir, bundle) = bundle(changes);
+        let adapted = adapt(&bundle.unwrap(), "c1").unwrap();
+        let spec = serde_json::from_slice(&adapted.spec).unwrap();
+        (adapted, spec)
+    }
+
+    #[test]
+    fn the_guest_sees_its_root_in_the_share() {
+        let (adapted, spec) = adapted(json!({}));
+        assert_eq!(spec["root"]["path"], "/run/stockade/share/c1/rootfs");
+        assert_eq!(spec["root"]["readonly"], true);
+        assert_eq!(adapted.binds.len(), 1);
+        assert_eq!(adapted.binds[0].target, Path::new("c1/rootfs"));
+        assert_eq!(adapted.binds[0].readonly, ReadOnly::Top);
+    }
+
+    #[test]
+    fn bind_mounts_are_numbered_and_relative_sources_belong_to_the_bundle() {
+        let (adapted, spec) = adapted(json!({"mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/a", "type": "bind", "source": "rootfs", "options": ["rbind", "ro"]},
+            {"destination": "/b", "type": "none", "source": "/etc", "options": ["bind", "ro", "rw"]},
+            {"destination": "/c", "source": "/usr", "options": ["rbind", "rro", "nosuid"]},
+        ]}));
+        assert_eq!(spec["mounts"][0]["source"], "proc");
+        for (n, recursive, readonly) in
+            [(0, true, ReadOnly::Top), (1, false, ReadOnly::No), (2, true, ReadOnly::All)]
+        {
+            let source = format!("/run/stockade/share/c1/mounts/{n}");
+            assert_eq!(spec["mounts"][n + 1]["source"], source.as_str());
+            let bind = &adapted.binds[n + 1];
+            assert_eq!(bind.target, Path::new("c1/mounts").join(n.to_string()));
+            assert_eq!((bind.recursive, bind.readonly), (recursive, readonly));
+        }
+        assert!(adapted.binds[1].source.is_absolute() && adapted.binds[1].source.ends_with("rootfs"));
+        assert_eq!(spec["mounts"][3]["options"], json!(["rbind", "rro", "nosuid"]));
+    }
+
+    #[test]
+    fn what_belongs_to_the_host_does_not_reach_the_guest() {
+        let (_, spec) = adapted(json!({
+            "hooks": {"poststop": [{"path": "/bin/true"}]},
+            "linux": {
+                "cgroupsPath": "system.slice:docker:abc",
+                "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "mount"}],
+            },
+        }));
+        assert_eq!(spec.get("hooks"), None);
+        assert_eq!(spec["linux"]["cgroupsPath"], "/c1");
+        assert_eq!(spec["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "mount"}]));
+    }
+}

@@ -1,0 +1,200 @@
+//! An OCI bundle: a directory with a config.json and a root filesystem.
+//!
+//! [`Bundle::load`] reads it and refuses, before any VM is started, what is wrong or cannot be honoured;
+//! [`guest::adapt`] splits it into what the host does (bind mounts) and the configuration that the guest gets.
+//! Nothing here changes anything on the host.
+
+pub mod guest;
+pub mod hooks;
+mod validate;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+
+pub use oci_spec::runtime::Hook;
+pub use validate::{check_process, is_bind};
+
+/// Name of the configuration in a bundle.
+pub const CONFIG: &str = "config.json";
+
+/// A bundle that can be run.
+#[derive(Debug)]
+pub struct Bundle {
+    /// The bundle's directory, absolute and without symbolic links.
+    pub path: PathBuf,
+    /// Its config.json.
+    pub spec: Spec,
+    /// The root filesystem, absolute and without symbolic links.
+    pub rootfs: PathBuf,
+}
+
+/// Errors of a bundle. Each names the field.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// the bundle's directory is not there
+    #[error("cannot open the bundle {0}: {1}; name a directory that holds a {CONFIG} with --bundle")]
+    Directory(PathBuf, #[source] io::Error),
+    /// there is no config.json
+    #[error(
+        "there is no {CONFIG} in the bundle {0}: make one with `stockade spec`, or name another directory with --bundle"
+    )]
+    NoConfig(PathBuf),
+    /// config.json cannot be read
+    #[error("cannot read {0}: {1}")]
+    Read(PathBuf, #[source] io::Error),
+    /// config.json is not a configuration
+    #[error("{0} is not a valid runtime configuration: {1}")]
+    Parse(PathBuf, #[source] serde_json::Error),
+    /// the version of the specification is not ours
+    #[error("ociVersion {0:?} is not known: stockade implements version 1 of the runtime specification")]
+    Version(String),
+    /// a field is missing
+    #[error("{0} is missing in {CONFIG}: {1}")]
+    Missing(&'static str, &'static str),
+    /// a field has a value that cannot be
+    #[error("{field} is {value:?}: {remedy}")]
+    Value { field: String, value: String, remedy: &'static str },
+    /// a path on the host is not there
+    #[error("{field}: cannot use {path}: {source}")]
+    Path { field: String, path: PathBuf, source: io::Error },
+    /// a field has a meaning that a VM cannot give it
+    #[error("{field} cannot be honoured: {reason}")]
+    Unsupported { field: String, reason: &'static str },
+    /// the adapted configuration cannot be written
+    #[error("cannot encode the guest's configuration: {0}")]
+    Encode(#[source] serde_json::Error),
+}
+
+impl Bundle {
+    /// Loads and checks the bundle in a directory.
+    pub fn load(dir: &Path) -> Result<Self, Error> {
+        let path = fs::canonicalize(dir).map_err(|e| Error::Directory(dir.to_owned(), e))?;
+        let spec = read_spec(&path)?;
+        validate::check(&spec)?;
+        let rootfs = find_rootfs(&path, &spec)?;
+        validate::check_mount_sources(&spec, &path)?;
+        Ok(Bundle { path, spec, rootfs })
+    }
+
+    /// Whether the workload has a terminal.
+    pub fn terminal(&self) -> bool {
+        self.spec.process().as_ref().and_then(|p| p.terminal()).unwrap_or(false)
+    }
+
+    /// Whether the root filesystem is read-only.
+    pub fn readonly_root(&self) -> bool {
+        self.spec.root().as_ref().and_then(|r| r.readonly()).unwrap_or(false)
+    }
+}
+
+/// Reads a bundle's config.json without looking at what it says.
+pub fn read_spec(bundle: &Path) -> Result<Spec, Error> {
+    let path = bundle.join(CONFIG);
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::NoConfig(bundle.to_owned())),
+        Err(e) => return Err(Error::Read(path, e)),
+    };
+    serde_json::from_slice(&text).map_err(|e| Error::Parse(path, e))
+}
+
+/// `root.path` is absolute or relative to the bundle.
+fn find_rootfs(bundle: &Path, spec: &Spec) -> Result<PathBuf, Error> {
+    let named = spec.root().as_ref().map(|root| root.path().as_path()).unwrap_or(Path::new(""));
+    let path = bundle.join(named);
+    let failed = |source| Error::Path { field: "root.path".into(), path: path.clone(), source };
+    let found = fs::canonicalize(&path).map_err(failed)?;
+    if !found.is_dir() {
+        return Err(failed(io::ErrorKind::NotADirectory.into()));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// A bundle in a temporary directory, from the default configuration with changes merged into it.
+    pub(crate) fn bundle(changes: Value) -> (tempfile::TempDir, Result<Bundle, Error>) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("rootfs")).unwrap();
+        let mut config: Value = serde_json::from_str(crate::cli::spec::DEFAULT).unwrap();
+        merge(&mut config, changes);
+        fs::write(dir.path().join(CONFIG), config.to_string()).unwrap();
+        let loaded = Bundle::load(dir.path());
+        (dir, loaded)
+    }
+
+    /// RFC 7396, JSON merge patch.
+    fn merge(target: &mut Value, patch: Value) {
+        match (target, patch) {
+            (Value::Object(target), Value::Object(patch)) => {
+                for (key, value) in patch {
+                    if value.is_null() {
+                        target.remove(&key);
+                    } else {
+                        merge(target.entry(key).or_insert(json!({})), value);
+                    }
+                }
+            }
+            (target, patch) => *target = patch,
+        }
+    }
+
+    fn refused(changes: Value) -> String {
+        let error = bundle(changes.clone()).1.map(|_| changes).unwrap_err().to_string();
+        assert!(!error.contains('\n'), "{error}");
+        error
+    }
+
+    #[test]
+    fn the_default_configuration_is_a_valid_bundle() {
+        let (dir, loaded) = bundle(json!({}));
+        let loaded = loaded.unwrap();
+        assert_eq!(loaded.rootfs, fs::canonicalize(dir.path()).unwrap().join("rootfs"));
+        assert!(loaded.terminal());
+        assert!(loaded.readonly_root());
+    }
+
+    #[test]
+    fn a_bundle_without_configuration_says_how_to_make_one() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Bundle::load(dir.path()).unwrap_err().to_string().contains("stockade spec"));
+        let missing = Bundle::load(&dir.path().join("nowhere")).unwrap_err();
+        assert!(matches!(missing, Error::Directory(..)));
+    }
+
+    #[test]
+    fn broken_json_is_named_with_line_and_column() {
+        let dir = tempfile::tempdir().unwrap();
+        for text in ["{\n\"ociVersion\": \"1.0.2\",\n", "{\n \"process\": 3\n}", ""] {
+            fs::write(dir.path().join(CONFIG), text).unwrap();
+            let error = Bundle::load(dir.path()).unwrap_err().to_string();
+            assert!(error.contains("line") && error.contains("column"), "{error}");
+        }
+    }
+
+    #[test]
+    fn versions_other_than_1_are_unknown() {
+        for version in ["", "2.0.0", "0.9", "one", "1", "1.0", "1.x.0"] {
+            assert!(refused(json!({"ociVersion": version})).contains("ociVersion"), "{version}");
+        }
+        for version in ["1.0.0", "1.0.2-dev", "1.1.0+build", "1.2.1", "1.3.0"] {
+            bundle(json!({"ociVersion": version})).1.unwrap();
+        }
+    }
+
+    #[test]
+    fn a_root_must_be_there_and_inside_the_bundle_when_it_is_relative() {
+        assert!(refused(json!({"root": null})).contains("root"));
+        assert!(refused(json!({"root": {"path": ""}})).contains("root.path"));
+        assert!(refused(json!({"root": {"path": "nowhere"}})).contains("nowhere"));
+        assert!(refused(json!({"root": {"path": "config.json"}})).contains("root.path"));
+        assert!(refused(json!({"root": {"path": "../../etc"}})).contains("root.path"));
+        bundle(json!({"root": {"path": "/"}})).1.unwrap();
+    }
+}
