@@ -1,0 +1,311 @@
+//! How big the VM is: vCPUs and memory.
+//!
+//! The first that says something decides: an annotation of the bundle, the environment, the bundle's own limits,
+//! the configuration file, the default. A limit of the bundle is what the workload may use, so the VM gets what it
+//! needs itself on top; the others name the size of the VM. A value out of range is an error that says which value
+//! stood where; nothing is silently made to fit.
+
+use std::collections::HashMap;
+
+use oci_spec::runtime::{LinuxCpu, LinuxResources};
+
+use crate::config::{Settings, SizeSettings, Sourced};
+
+/// Annotation with the number of vCPUs.
+pub const ANNOTATION_VCPUS: &str = "io.stockade.vcpus";
+/// Annotation with the guest memory.
+pub const ANNOTATION_MEMORY: &str = "io.stockade.memory";
+
+const MIB: u64 = 1 << 20;
+/// Without any limit.
+const DEFAULT_VCPUS: u64 = 1;
+/// Without any limit.
+const DEFAULT_MEMORY: u64 = 256 * MIB;
+/// What the VMM's MP table and the guest kernel's CONFIG_NR_CPUS allow.
+const MAX_VCPUS: u64 = 32;
+/// Below it guest kernel, initrd and agent do not start.
+const MIN_MEMORY: u64 = 64 * MIB;
+/// The guest's page tables and the host's address space allow more, but nobody has tried it.
+const MAX_MEMORY: u64 = 1 << 40;
+/// The smallest workload limit that makes sense: below it not even a shell with its container setup runs.
+const MIN_LIMIT: u64 = 4 * MIB;
+/// What guest kernel, agent and page cache of the agent need beside the workload.
+pub const VM_OVERHEAD: u64 = 64 * MIB;
+/// Of guest memory, for the kernel's `struct page` array (64 bytes for each 4 KiB).
+const PAGE_ARRAY_FRACTION: u64 = 64;
+/// Guest memory is made of pieces of this size, so that 2 MiB pages can back it.
+const GRANULE: u64 = 2 * MIB;
+
+/// The size of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmSize {
+    /// 1 to 32.
+    pub vcpus: u8,
+    /// Bytes, a multiple of 2 MiB.
+    pub memory: u64,
+}
+
+/// A size that cannot be.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// out of range
+    #[error("{origin} asks for {value}: a VM has 1 to {MAX_VCPUS} vCPUs")]
+    Vcpus { origin: String, value: String },
+    /// out of range
+    #[error("{origin} asks for {value}: a VM has {} to {} of memory", show(MIN_MEMORY), show(MAX_MEMORY))]
+    Memory { origin: String, value: String },
+    /// out of range
+    #[error(
+        "linux.resources.memory.limit is {limit} bytes: it must be between {} and {}",
+        show(MIN_LIMIT),
+        show(MAX_MEMORY)
+    )]
+    Limit { limit: i64 },
+    /// not a size at all
+    #[error("{origin} is {value:?}: write a number of bytes, or one with K, M, G or T")]
+    NoSize { origin: String, value: String },
+    /// an unknown annotation in our namespace
+    #[error("annotation {0} is not known: stockade knows {ANNOTATION_VCPUS} and {ANNOTATION_MEMORY}")]
+    Annotation(String),
+    /// the list of CPUs is not one
+    #[error("linux.resources.cpu.cpus is {0:?}: write numbers and ranges, such as \"0-3,8\"")]
+    Cpus(String),
+}
+
+impl VmSize {
+    /// Sizes a VM for a bundle.
+    pub fn of(
+        annotations: Option<&HashMap<String, String>>,
+        resources: Option<&LinuxResources>,
+        settings: &Settings,
+    ) -> Result<Self, Error> {
+        let annotations = annotated(annotations)?;
+        let cpu = resources.and_then(|r| r.cpu().as_ref());
+        let limit = resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
+        Ok(VmSize {
+            vcpus: vcpus(&annotations, cpu, settings)?,
+            memory: memory(&annotations, limit, settings)?.next_multiple_of(GRANULE),
+        })
+    }
+}
+
+/// Our annotations; one that we do not know is an error, because it would be silently ignored.
+fn annotated(annotations: Option<&HashMap<String, String>>) -> Result<SizeSettings, Error> {
+    let mut found = SizeSettings::default();
+    for (key, value) in annotations.into_iter().flatten() {
+        let sourced = || Some(Sourced { value: value.clone(), origin: format!("annotation {key}") });
+        match key.as_str() {
+            ANNOTATION_VCPUS => found.vcpus = sourced(),
+            ANNOTATION_MEMORY => found.memory = sourced(),
+            other if other.starts_with("io.stockade.") => return Err(Error::Annotation(other.into())),
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+fn vcpus(annotations: &SizeSettings, cpu: Option<&LinuxCpu>, settings: &Settings) -> Result<u8, Error> {
+    if let Some(named) = annotations.vcpus.as_ref().or(settings.environment.vcpus.as_ref()) {
+        return parse_vcpus(named);
+    }
+    if let Some(cpu) = cpu {
+        // A quota of 0 or below means none, as in cgroup v1.
+        if let Some(quota) = cpu.quota().filter(|q| *q > 0) {
+            // The kernel's default period is 100 ms.
+            let period = cpu.period().filter(|p| *p > 0).unwrap_or(100_000);
+            return in_range(
+                (quota as u64).div_ceil(period),
+                "linux.resources.cpu.quota",
+                &format!("{quota} of {period} µs"),
+            );
+        }
+        if let Some(cpus) = cpu.cpus().as_ref().filter(|c| !c.trim().is_empty()) {
+            let count = count_cpus(cpus).ok_or_else(|| Error::Cpus(cpus.clone()))?;
+            return in_range(count, "linux.resources.cpu.cpus", cpus);
+        }
+    }
+    settings.file.vcpus.as_ref().map_or(Ok(DEFAULT_VCPUS as u8), parse_vcpus)
+}
+
+fn parse_vcpus(named: &Sourced<String>) -> Result<u8, Error> {
+    let count = named.value.trim().parse().unwrap_or(0);
+    in_range(count, &named.origin, &named.value)
+}
+
+fn in_range(count: u64, origin: &str, value: &str) -> Result<u8, Error> {
+    match count {
+        1..=MAX_VCPUS => Ok(count as u8),
+        _ => Err(Error::Vcpus { origin: origin.into(), value: format!("{value:.100}") }),
+    }
+}
+
+/// How many CPUs a list like `0-3,8` names; a CPU named twice counts once.
+fn count_cpus(list: &str) -> Option<u64> {
+    let mut ranges = Vec::new();
+    for part in list.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        if first > last {
+            return None;
+        }
+        ranges.push((first, last));
+    }
+    ranges.sort_unstable();
+    let (mut count, mut next) = (0u64, 0);
+    for (first, last) in ranges {
+        let first = first.max(next);
+        if first <= last {
+            count = count.checked_add((last - first).checked_add(1)?)?;
+            next = last.checked_add(1)?;
+        }
+    }
+    Some(count)
+}
+
+fn memory(annotations: &SizeSettings, limit: Option<i64>, settings: &Settings) -> Result<u64, Error> {
+    if let Some(named) = annotations.memory.as_ref().or(settings.environment.memory.as_ref()) {
+        return parse_memory(named);
+    }
+    // 0 and -1 mean no limit.
+    if let Some(limit) = limit.filter(|l| !matches!(l, 0 | -1)) {
+        let bytes = u64::try_from(limit).map_err(|_| Error::Limit { limit })?;
+        if !(MIN_LIMIT..=MAX_MEMORY).contains(&bytes) {
+            return Err(Error::Limit { limit });
+        }
+        return Ok((bytes + VM_OVERHEAD + bytes / PAGE_ARRAY_FRACTION).min(MAX_MEMORY));
+    }
+    settings.file.memory.as_ref().map_or(Ok(DEFAULT_MEMORY), parse_memory)
+}
+
+fn parse_memory(named: &Sourced<String>) -> Result<u64, Error> {
+    let Sourced { value, origin } = named;
+    let short = format!("{value:.100}");
+    let text = value.trim();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor: u64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" | "ki" => 1 << 10,
+        "m" | "mib" | "mi" => 1 << 20,
+        "g" | "gib" | "gi" => 1 << 30,
+        "t" | "tib" | "ti" => 1 << 40,
+        _ => return Err(Error::NoSize { origin: origin.clone(), value: short }),
+    };
+    let number: i128 = match digits.trim_end().parse() {
+        Ok(number) => number,
+        Err(_) => return Err(Error::NoSize { origin: origin.clone(), value: short }),
+    };
+    match number.checked_mul(i128::from(factor)).and_then(|bytes| u64::try_from(bytes).ok()) {
+        Some(bytes) if (MIN_MEMORY..=MAX_MEMORY).contains(&bytes) => Ok(bytes),
+        _ => Err(Error::Memory { origin: origin.clone(), value: short }),
+    }
+}
+
+/// Bytes as a person writes them; for the powers of two above.
+fn show(bytes: u64) -> String {
+    match bytes {
+        b if b >= 1 << 40 && b % (1 << 40) == 0 => format!("{} TiB", b >> 40),
+        b => format!("{} MiB", b >> 20),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn size(
+        annotations: &[(&str, &str)],
+        resources: serde_json::Value,
+        settings: &Settings,
+    ) -> Result<VmSize, Error> {
+        let annotations = annotations.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let resources = serde_json::from_value(resources).unwrap();
+        VmSize::of(Some(&annotations), Some(&resources), settings)
+    }
+
+    fn sourced(value: &str) -> Option<Sourced<String>> {
+        Some(Sourced { value: value.into(), origin: "ORIGIN".into() })
+    }
+
+    #[test]
+    fn without_limits_a_vm_is_small() {
+        let size = VmSize::of(None, None, &Settings::default()).unwrap();
+        assert_eq!(size, VmSize { vcpus: 1, memory: 256 * MIB });
+        let unlimited = json!({"cpu": {"quota": -1, "cpus": ""}, "memory": {"limit": -1}});
+        assert_eq!(super::tests::size(&[], unlimited, &Settings::default()).unwrap(), size);
+    }
+
+    #[test]
+    fn limits_of_the_bundle_are_rounded_up_and_get_the_overhead() {
+        let all = json!({"cpu": {"quota": 150_000, "period": 100_000}, "memory": {"limit": 512 * MIB}});
+        let size = size(&[], all, &Settings::default()).unwrap();
+        assert_eq!(size.vcpus, 2);
+        assert_eq!(size.memory, (512 + 64 + 8) * MIB);
+    }
+
+    #[test]
+    fn a_cpuset_counts_each_cpu_once() {
+        for (list, count) in [("0", 1), ("0-3", 4), ("0-3,2-5,9", 7), (" 1 , 0 ", 2), ("5,5", 1)] {
+            assert_eq!(count_cpus(list), Some(count), "{list}");
+        }
+        for bad in ["x", "3-1", "1,,2", "-1", "0-18446744073709551615"] {
+            assert_eq!(count_cpus(bad), None, "{bad}");
+        }
+        let size = size(&[], json!({"cpu": {"cpus": "0,2"}}), &Settings::default()).unwrap();
+        assert_eq!(size.vcpus, 2);
+    }
+
+    #[test]
+    fn annotation_before_environment_before_bundle_before_file() {
+        let file = SizeSettings { vcpus: sourced("2"), memory: sourced("128M") };
+        let mut settings = Settings { file, ..Settings::default() };
+        let none = json!({});
+        let limits = json!({"cpu": {"quota": 300_000}, "memory": {"limit": 64 * MIB}});
+        assert_eq!(size(&[], none, &settings).unwrap(), VmSize { vcpus: 2, memory: 128 * MIB });
+        let bundle = size(&[], limits.clone(), &settings).unwrap();
+        assert_eq!(bundle, VmSize { vcpus: 3, memory: 130 * MIB });
+        settings.environment = SizeSettings { vcpus: sourced("4"), memory: sourced("1G") };
+        let environment = size(&[], limits.clone(), &settings).unwrap();
+        assert_eq!(environment, VmSize { vcpus: 4, memory: 1024 * MIB });
+        let annotations = [(ANNOTATION_VCPUS, "5"), (ANNOTATION_MEMORY, "512MiB")];
+        assert_eq!(size(&annotations, limits, &settings).unwrap(), VmSize { vcpus: 5, memory: 512 * MIB });
+    }
+
+    #[test]
+    fn what_is_out_of_range_is_named() {
+        let none = Settings::default;
+        for (resources, part) in [
+            (json!({"memory": {"limit": MIB}}), "memory.limit is 1048576"),
+            (json!({"memory": {"limit": 1u64 << 50}}), "memory.limit is 1125899906842624"),
+            (json!({"memory": {"limit": -5}}), "memory.limit is -5"),
+            (json!({"cpu": {"quota": 100_000_000}}), "cpu.quota"),
+            (json!({"cpu": {"cpus": "0-999"}}), "0-999"),
+            (json!({"cpu": {"cpus": "a"}}), "\"a\""),
+        ] {
+            let error = size(&[], resources, &none()).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        for (key, value) in [
+            (ANNOTATION_VCPUS, "0"),
+            (ANNOTATION_VCPUS, "1000"),
+            (ANNOTATION_VCPUS, "-1"),
+            (ANNOTATION_VCPUS, "many"),
+            (ANNOTATION_MEMORY, "1M"),
+            (ANNOTATION_MEMORY, "1024T"),
+            (ANNOTATION_MEMORY, "-1"),
+            (ANNOTATION_MEMORY, "99999999999999999999999999T"),
+            (ANNOTATION_MEMORY, "1X"),
+            (ANNOTATION_MEMORY, ""),
+            ("io.stockade.kernel", "/bin/sh"),
+        ] {
+            let error = size(&[(key, value)], json!({}), &none()).unwrap_err().to_string();
+            assert!(error.contains(key) && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn two_gibibytes_and_more_are_fine() {
+        let size = size(&[(ANNOTATION_MEMORY, "6G")], json!({}), &Settings::default()).unwrap();
+        assert_eq!(size.memory, 6 << 30);
+    }
+}
