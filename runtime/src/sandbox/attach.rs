@@ -1,0 +1,133 @@
+//! The host process of an exec: carries its streams, passes signals and window sizes on, and learns how it ended.
+//!
+//! It holds no sandbox logic: the supervisor asks the agent, and gives this process the guest's streams. When this
+//! process dies, the supervisor kills the one it stands for.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+use tokio::task::LocalSet;
+
+use super::Error;
+use super::agent::Exit;
+use super::control::{self, Conversation, Reply, Request};
+use super::signals::Signals;
+use super::stdio::HostStdio;
+
+/// What is to be run in a container.
+pub struct Exec<'a> {
+    /// A process object in JSON.
+    pub process: Vec<u8>,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    /// Where the terminal's other end goes, if not to this process's own.
+    pub console_socket: Option<&'a Path>,
+    /// Run it even though the container is frozen.
+    pub ignore_paused: bool,
+}
+
+/// Runs a process in a container. `ready` is called once it runs.
+pub fn exec(
+    talk: Conversation,
+    exec: Exec,
+    ready: impl FnOnce() -> Result<(), Error>,
+) -> Result<Exit, Error> {
+    let os = |what| move |e: io::Error| Error::Os(what, e);
+    let signals = Signals::block().map_err(os("block signals"))?;
+    let mut stdio = match (exec.terminal, exec.console_socket) {
+        (false, _) => HostStdio::inherited().map_err(os("use the standard streams"))?,
+        (true, None) => HostStdio::own_terminal()?,
+        (true, Some(socket)) => HostStdio::console_socket(socket, None)?,
+    };
+    let wanted = stdio.wanted();
+    let process = control::attachment(&exec.process).map_err(os("send the process"))?;
+    let request = Request::Exec { stdio: wanted, ignore_paused: exec.ignore_paused };
+    talk.send(&request, &[process.as_fd()]).map_err(os("talk to the supervisor"))?;
+    let streams = match talk.recv().map_err(os("talk to the supervisor"))? {
+        Some((Reply::Started, fds)) => place(wanted, fds),
+        Some((Reply::Failed { message }, _)) => {
+            return Err(Error::Supervisor { message, console: Vec::new() });
+        }
+        _ => return Err(Error::SupervisorGone),
+    };
+    ready()?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(os("set up the event loop"))?;
+    let exit = LocalSet::new().block_on(&runtime, async {
+        let relays = stdio.relay(streams, || ()).map_err(os("relay the standard streams"))?;
+        let talk = talk.into_async().map_err(os("talk to the supervisor"))?;
+        let resize = || {
+            if let Some((rows, columns)) = stdio.terminal_size() {
+                let _ = talk.send(&Request::Resize { rows, columns }, &[]);
+            }
+        };
+        resize();
+        let pass_on = signals.each(async |signal| match signal {
+            Signal::SIGWINCH => resize(),
+            other => {
+                let _ = talk.send(&Request::Signal { signal: other as i32 }, &[]);
+            }
+        });
+        let exit = tokio::select! {
+            reply = talk.recv::<Reply>() => match reply.map_err(os("talk to the supervisor"))? {
+                Some((Reply::Exited { code, signal }, _)) => Exit { code, signal, oom_killed: false },
+                Some((Reply::Failed { message }, _)) => {
+                    return Err(Error::Supervisor { message, console: Vec::new() });
+                }
+                _ => return Err(Error::SupervisorGone),
+            },
+            Err(e) = pass_on => return Err(Error::Os("read signals", e)),
+        };
+        relays.drain().await;
+        Ok(exit)
+    });
+    stdio.restore();
+    exit
+}
+
+/// The streams come in order, without gaps for those that were not wanted.
+fn place(wanted: [bool; 3], fds: Vec<OwnedFd>) -> [Option<OwnedFd>; 3] {
+    let mut fds = fds.into_iter();
+    wanted.map(|wanted| if wanted { fds.next() } else { None })
+}
+
+/// Whether a combination of flags about terminals makes sense, in the words that callers of runc know.
+pub fn check_terminal(terminal: bool, detach: bool, socket: Option<&Path>) -> Result<(), &'static str> {
+    match (terminal, detach, socket) {
+        (true, true, None) => {
+            Err("cannot allocate tty if stockade will detach without setting console socket")
+        }
+        (false, _, Some(_)) | (_, false, Some(_)) => {
+            Err("cannot use console socket if stockade will not detach or allocate tty")
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streams_are_placed_by_what_was_wanted() {
+        let fds = || vec![io::stdin().as_fd().try_clone_to_owned().unwrap()];
+        let placed = place([false, true, true], fds());
+        assert!(placed[0].is_none() && placed[1].is_some() && placed[2].is_none());
+    }
+
+    #[test]
+    fn a_console_socket_needs_a_terminal_and_a_detached_process() {
+        let socket = Some(Path::new("/s"));
+        check_terminal(true, true, socket).unwrap();
+        check_terminal(true, false, None).unwrap();
+        check_terminal(false, true, None).unwrap();
+        check_terminal(true, true, None).unwrap_err();
+        check_terminal(true, false, socket).unwrap_err();
+        check_terminal(false, true, socket).unwrap_err();
+    }
+}

@@ -1,0 +1,270 @@
+//! The share directory: everything of the host that a guest can see.
+//!
+//! The supervisor lives in a mount namespace of its own, which gets the host's later mounts (slave propagation) and
+//! gives none back. In it the share is a small tmpfs on the container's state directory, and container roots and
+//! volumes are bind mounts in that tmpfs. So nothing of it exists for the rest of the host, and the kernel removes
+//! all of it when supervisor and VMM are gone, however they ended.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Component, Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, mkdirat};
+
+use crate::bundle::guest::{Bind, ReadOnly};
+
+/// Mount points only: a guest that fills it hurts nobody but itself.
+const TMPFS_OPTIONS: &str = "mode=755,size=1m,nr_inodes=65536";
+
+/// Errors of the share.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// no mount namespace of our own
+    #[error("cannot make a mount namespace: {0}; stockade must run as root with CAP_SYS_ADMIN")]
+    Namespace(#[source] Errno),
+    /// the share itself cannot be made
+    #[error("cannot make the share directory {0}: {1}")]
+    Share(PathBuf, #[source] io::Error),
+    /// a root or a volume cannot be put into it
+    #[error("cannot bind {source_path} into the share: {error}")]
+    Bind { source_path: PathBuf, error: io::Error },
+    /// a mount point that the read-only root needs cannot be made
+    #[error("cannot make the mount point {0} in the read-only root filesystem: {1}")]
+    MountPoint(PathBuf, #[source] io::Error),
+}
+
+/// Moves this process, which must have one thread, to a mount namespace of its own. `keep` says whether a way back
+/// is wanted, for hooks.
+pub fn enter_namespace(keep: bool) -> Result<Option<OwnedFd>, Error> {
+    let outside = keep.then(|| File::open("/proc/self/ns/mnt")).transpose();
+    let outside = outside.map_err(|e| Error::Namespace(Errno::from_raw(e.raw_os_error().unwrap_or(0))))?;
+    unshare(CloneFlags::CLONE_NEWNS).map_err(Error::Namespace)?;
+    let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+    mount(None::<&str>, "/", None::<&str>, slave, None::<&str>).map_err(Error::Namespace)?;
+    Ok(outside.map(OwnedFd::from))
+}
+
+/// A mounted share. It ends with the namespace, or when it is dropped.
+#[derive(Debug)]
+pub struct Share {
+    path: PathBuf,
+    dir: File,
+}
+
+impl Share {
+    /// Mounts an empty share at `path`, a directory that is made.
+    pub fn mount(path: PathBuf) -> Result<Self, Error> {
+        let failed = |e: io::Error| Error::Share(path.clone(), e);
+        DirBuilder::new().mode(0o700).create(&path).map_err(failed)?;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        mount(Some("stockade"), &path, Some("tmpfs"), flags, Some(TMPFS_OPTIONS))
+            .map_err(|e| failed(e.into()))?;
+        let dir = File::open(&path).map_err(failed)?;
+        Ok(Share { path, dir })
+    }
+
+    /// Puts a directory or file of the host into the share.
+    pub fn bind(&self, bind: &Bind) -> Result<(), Error> {
+        let failed = |error: io::Error| Error::Bind { source_path: bind.source.clone(), error };
+        let target = self.path.join(&bind.target);
+        self.make_mount_point(&bind.source, &target).map_err(failed)?;
+        let recursive = if bind.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
+        mount(Some(&bind.source), &target, None::<&str>, MsFlags::MS_BIND | recursive, None::<&str>)
+            .map_err(|e| failed(e.into()))?;
+        match bind.readonly {
+            ReadOnly::No => Ok(()),
+            ReadOnly::Top => set_readonly(&target, false).map_err(failed),
+            ReadOnly::All => set_readonly(&target, true).map_err(failed),
+        }
+    }
+
+    fn make_mount_point(&self, source: &Path, target: &Path) -> io::Result<()> {
+        let is_dir = fs::metadata(source)?.is_dir();
+        let dir = if is_dir { Some(target) } else { target.parent() };
+        if let Some(dir) = dir {
+            DirBuilder::new().mode(0o755).recursive(true).create(dir)?;
+        }
+        if !is_dir {
+            File::create_new(target)?;
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for Share {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+impl Drop for Share {
+    /// Detached, because the VMM may still have files open in it.
+    fn drop(&mut self) {
+        let _ = umount2(&self.path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    }
+}
+
+/// Adds read-only to what a mount has already (a remount would clear its other flags).
+fn set_readonly(target: &Path, recursive: bool) -> io::Result<()> {
+    let path = std::ffi::CString::new(target.as_os_str().as_encoded_bytes())?;
+    let attributes =
+        libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: mount_setattr(2) reads the path and the struct of the size given, both of which live until it returns.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes the mount points that a read-only root lacks, as other runtimes do before they make it read-only. The guest
+/// could not. `wanted` are paths in the container with whether each is a directory, in the order of the mounts; one
+/// below another is left to the guest, because it lies in what is mounted there.
+pub fn make_mount_points(rootfs: &Path, wanted: &[(PathBuf, bool)]) -> Result<(), Error> {
+    let failed = |path: &Path, e: io::Error| Error::MountPoint(path.to_owned(), e);
+    let mut root = None;
+    for (index, (path, is_dir)) in wanted.iter().enumerate() {
+        let inside_other = wanted[..index].iter().any(|(other, _)| path != other && path.starts_with(other));
+        if inside_other {
+            continue;
+        }
+        let root = match &root {
+            Some(root) => root,
+            None => root.insert(File::open(rootfs).map_err(|e| failed(rootfs, e))?),
+        };
+        match make_inside(root.as_fd(), path, *is_dir) {
+            // A file system that is itself read-only: what is there must do, and the guest tells if it does not.
+            Ok(()) | Err(Errno::EROFS) => {}
+            Err(e) => return Err(failed(path, e.into())),
+        }
+    }
+    Ok(())
+}
+
+/// Walks down from `root`, making what is missing. Links are followed as if `root` were `/`.
+fn make_inside(root: BorrowedFd, path: &Path, is_dir: bool) -> nix::Result<()> {
+    let how =
+        |flags: OFlag| OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
+    match openat2(root, path, how(OFlag::O_PATH)) {
+        Ok(_) => return Ok(()),
+        Err(Errno::ENOENT) => {}
+        Err(e) => return Err(e),
+    }
+    let names: Vec<_> = path.components().filter(|c| matches!(c, Component::Normal(_))).collect();
+    let mut so_far = PathBuf::from("/");
+    for (index, name) in names.iter().enumerate() {
+        let parent = openat2(root, &so_far, how(OFlag::O_PATH | OFlag::O_DIRECTORY))?;
+        so_far.push(name);
+        let last = index + 1 == names.len();
+        let made = if last && !is_dir {
+            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let name = Path::new(name);
+            nix::fcntl::openat(&parent, name, flags, Mode::from_bits_truncate(0o644)).map(drop)
+        } else {
+            mkdirat(&parent, Path::new(name), Mode::from_bits_truncate(0o755))
+        };
+        match made {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_mount_points_are_made_and_links_stay_inside() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir_all(root.join("etc")).unwrap();
+        fs::create_dir(dir.path().join("outside")).unwrap();
+        std::os::unix::fs::symlink("../../outside", root.join("up")).unwrap();
+        std::os::unix::fs::symlink("/etc", root.join("abs")).unwrap();
+        let wanted = [
+            ("/dev", true),
+            ("/dev/pts", true),
+            ("/a/b/c", true),
+            ("/etc/resolv.conf", false),
+            ("/abs/hosts", false),
+        ]
+        .map(|(path, is_dir)| (PathBuf::from(path), is_dir));
+        make_mount_points(&root, &wanted).unwrap();
+        make_mount_points(&root, &wanted).unwrap();
+        assert!(root.join("a/b/c").is_dir());
+        assert!(root.join("etc/resolv.conf").is_file());
+        assert!(root.join("etc/hosts").is_file());
+        assert!(!root.join("dev/pts").exists(), "it lies in what is mounted on /dev");
+        // The link leads to /outside in the container, which does not exist: an error, and nothing outside.
+        assert!(make_mount_points(&root, &[("/up/x".into(), true)]).is_err());
+        assert_eq!(fs::read_dir(dir.path().join("outside")).unwrap().count(), 0);
+    }
+
+    /// Runs a closure in a child, because a mount namespace is for life. Skips where that is not allowed.
+    fn in_namespace(test: impl FnOnce()) {
+        // SAFETY: the child calls nothing that needs another thread of the test harness, and ends with _exit.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                let code = match enter_namespace(false) {
+                    Err(Error::Namespace(Errno::EPERM)) => 77,
+                    Err(_) => 1,
+                    Ok(_) => match std::panic::catch_unwind(std::panic::AssertUnwindSafe(test)) {
+                        Ok(()) => 0,
+                        Err(_) => 1,
+                    },
+                };
+                // SAFETY: ends the child without running the harness's exit handlers.
+                unsafe { libc::_exit(code) }
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                match nix::sys::wait::waitpid(child, None).unwrap() {
+                    nix::sys::wait::WaitStatus::Exited(_, 77) => eprintln!("skipped: no CAP_SYS_ADMIN"),
+                    nix::sys::wait::WaitStatus::Exited(_, 0) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_share_shows_what_is_bound_and_leaves_nothing_outside() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = dir.path().join("host");
+        fs::create_dir(&host).unwrap();
+        fs::write(host.join("file"), "text").unwrap();
+        let path = dir.path().join("share");
+        let inside = path.clone();
+        in_namespace(move || {
+            let share = Share::mount(inside.clone()).unwrap();
+            let bind = |source: PathBuf, target: &str, readonly| {
+                share.bind(&Bind { source, target: target.into(), recursive: true, readonly }).unwrap();
+            };
+            bind(host.clone(), "c/rootfs", ReadOnly::Top);
+            bind(host.join("file"), "c/mounts/0", ReadOnly::No);
+            assert_eq!(fs::read_to_string(inside.join("c/rootfs/file")).unwrap(), "text");
+            let error = fs::write(inside.join("c/rootfs/file"), "x").unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+            fs::write(inside.join("c/mounts/0"), "new").unwrap();
+            assert_eq!(fs::read_to_string(host.join("file")).unwrap(), "new");
+            drop(share);
+            assert_eq!(fs::read_dir(&inside).unwrap().count(), 0);
+            fs::remove_dir(&inside).unwrap();
+        });
+        assert!(!path.exists() || fs::read_dir(&path).unwrap().count() == 0);
+    }
+}

@@ -1,0 +1,183 @@
+//! The VMM process, as its supervisor sees it.
+//!
+//! It is this binary again, in its `vmm` role, and gets nothing but descriptors: its control socket as standard
+//! input, the console as standard error. It is in a process group of its own, so that a terminal's signals do not
+//! reach it, and it ends with the supervisor. Dropping it kills it and waits until it is gone.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::task::Poll;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use stockade_vmm::control::{self, Boot, Client, Event, StopReason};
+use tokio::io::Interest;
+
+use super::poll::register;
+use super::timeline::Timeline;
+use crate::process::ProcessId;
+
+/// Errors of the VMM process.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// it cannot be started
+    #[error("cannot start the VMM process: {0}")]
+    Spawn(#[source] io::Error),
+    /// it cannot be talked to
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// a stream cannot be made
+    #[error("cannot make a stream to the guest: {0}")]
+    Stream(#[source] io::Error),
+}
+
+/// How a VM ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It never began.
+    Failed(String),
+    /// The guest ended it.
+    Stopped(StopReason),
+    /// The process died or broke off.
+    Died(String),
+}
+
+/// A running VMM process.
+#[derive(Debug)]
+pub struct Vmm {
+    client: Client,
+    child: RefCell<Child>,
+    next_connect: Cell<u64>,
+}
+
+impl Vmm {
+    /// Starts the process, which then waits for [`Vmm::boot`].
+    pub fn spawn(console: BorrowedFd) -> Result<Self, Error> {
+        let (client, theirs) = Client::pair().map_err(Error::Spawn)?;
+        let console = console.try_clone_to_owned().map_err(Error::Spawn)?;
+        let child = Command::new("/proc/self/exe")
+            .arg0("stockade")
+            .args(["vmm", "--control-fd", "0"])
+            .env_clear()
+            .stdin(theirs)
+            .stdout(Stdio::null())
+            .stderr(console)
+            .process_group(0)
+            .spawn()
+            .map_err(Error::Spawn)?;
+        Ok(Vmm { client, child: RefCell::new(child), next_connect: Cell::new(1) })
+    }
+
+    /// Its identity, for who cleans up later.
+    pub fn process(&self) -> Result<ProcessId, Error> {
+        ProcessId::of(self.child.borrow().id() as i32).map_err(Error::Spawn)
+    }
+
+    /// Lets it build and boot the VM.
+    pub fn boot(
+        &self,
+        boot: Boot,
+        kernel: BorrowedFd,
+        initrd: BorrowedFd,
+        share: BorrowedFd,
+        console: BorrowedFd,
+    ) -> Result<(), Error> {
+        Ok(self.client.boot(boot, kernel, initrd, share, console)?)
+    }
+
+    /// Opens a stream to a port of the guest. What is written to it waits until the guest listens. The result is
+    /// a non-blocking unix socket; it is closed when the guest refuses.
+    pub fn connect(&self, port: u32) -> Result<OwnedFd, Error> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)
+            .map_err(|e| Error::Stream(e.into()))?;
+        let id = self.next_connect.get();
+        self.next_connect.set(id + 1);
+        self.client.connect(id, port, theirs.as_fd())?;
+        Ok(ours)
+    }
+
+    /// Follows the VM to its end.
+    pub async fn watch(&self, timeline: &Timeline, started: &Cell<u64>) -> Ending {
+        let socket = match register(self.client.as_fd(), Interest::READABLE) {
+            Ok(socket) => socket,
+            Err(e) => return Ending::Died(io::Error::from(e).to_string()),
+        };
+        loop {
+            let Ok(mut ready) = socket.readable().await else { return self.died() };
+            match self.client.try_recv() {
+                Ok(Poll::Pending) => ready.clear_ready(),
+                Ok(Poll::Ready(Some(event))) => match event {
+                    Event::Started(times) => {
+                        started.set(times.first_run_ns);
+                        timeline.mark_at("vmm_entered", times.entered_ns);
+                        timeline.mark_at("vm_created", times.vm_created_ns);
+                        timeline.mark_at("kernel_loaded", times.kernel_loaded_ns);
+                        timeline.mark_at("first_guest_instruction", times.first_run_ns);
+                    }
+                    Event::Refused { id, reason } => {
+                        tracing::warn!(id, reason, "the guest refused a stream");
+                    }
+                    Event::Connected { .. } | Event::Paused | Event::Resumed => {}
+                    Event::Stopped(reason) => return Ending::Stopped(reason),
+                    Event::Failed { message } => return Ending::Failed(message),
+                },
+                Ok(Poll::Ready(None)) => return self.died(),
+                Err(e) => {
+                    self.kill();
+                    return Ending::Died(format!("it was killed, because: {e}"));
+                }
+            }
+        }
+    }
+
+    fn died(&self) -> Ending {
+        self.kill();
+        Ending::Died(match self.wait() {
+            Ok(status) => describe(status),
+            Err(e) => e.to_string(),
+        })
+    }
+
+    /// Ends it at once; what the guest has not written back is lost.
+    pub fn kill(&self) {
+        // An error means that it has been waited for.
+        let _ = self.child.borrow_mut().kill();
+    }
+
+    /// Waits until the process is gone with all that it holds.
+    pub fn wait(&self) -> io::Result<ExitStatus> {
+        self.child.borrow_mut().wait()
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = self.wait();
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(signal), _) => {
+            let name = nix::sys::signal::Signal::try_from(signal).map_or("an unknown signal", |s| s.as_str());
+            format!("it was killed by {name}")
+        }
+        (None, Some(code)) => format!("it exited with code {code}"),
+        (None, None) => "it ended".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_death_is_described_by_its_signal_or_code() {
+        assert_eq!(describe(ExitStatus::from_raw(9)), "it was killed by SIGKILL");
+        assert_eq!(describe(ExitStatus::from_raw(3 << 8)), "it exited with code 3");
+    }
+}
