@@ -1,0 +1,96 @@
+//! `stockade delete`: removes what a container that has stopped has left.
+//!
+//! It works from the state file alone, because there may be nobody to ask: the supervisor and the VMM may have been
+//! killed at any moment.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{Error, Global, Outcome};
+use crate::bundle::hooks;
+use crate::process::ProcessId;
+use crate::state::{self, State, StateDir, Status};
+
+/// How long a killed process may take to be gone. A VMM gives its guest's memory back in that time.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Remove a container
+#[derive(Args)]
+pub struct Delete {
+    /// Container identifier
+    container_id: String,
+    /// Kill it first if it still runs; it is no error if it does not exist
+    #[arg(short, long)]
+    force: bool,
+}
+
+pub fn delete(global: &Global, args: Delete) -> Outcome {
+    let dir = match StateDir::open(&global.root, &args.container_id) {
+        Err(state::Error::Missing { .. }) if args.force => return Ok(ExitCode::SUCCESS),
+        other => other?,
+    };
+    let _lock = dir.lock()?;
+    let state = match dir.load() {
+        Ok(state) => state,
+        // Whoever made the directory was killed before it wrote anything, and before it started anything.
+        Err(state::Error::Unfinished(_) | state::Error::Damaged(..)) if args.force => {
+            dir.remove()?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(e) => return Err(e.into()),
+    };
+    match state.status() {
+        // Its processes may be about to end.
+        Status::Stopped => end(&state)?,
+        // Nothing of it has run.
+        Status::Created => kill(&state)?,
+        _ if args.force => kill(&state)?,
+        other => {
+            return Err(Error::Refused(format!(
+                "cannot delete container {} that is not stopped: it is {}; stop it, or use --force",
+                state.id,
+                other.as_str()
+            )));
+        }
+    }
+    dir.remove()?;
+    let stopped = State { status: Status::Stopped, ..state };
+    if let Err(e) = hooks::run("poststop", &stopped.poststop, &stopped.to_oci_json(), None) {
+        // The runtime specification: logged, and the rest goes on.
+        tracing::warn!("{e}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Kills the supervisor, and with it everything.
+fn kill(state: &State) -> Result<(), Error> {
+    if let Some(supervisor) = state.supervisor.open() {
+        supervisor.signal(libc::SIGKILL).map_err(Error::io("kill the supervisor"))?;
+    }
+    end(state)
+}
+
+/// Waits until the container's processes are gone.
+fn end(state: &State) -> Result<(), Error> {
+    gone("supervisor", Some(state.supervisor), false)?;
+    // It ends with its supervisor by itself; if it does not, it is made to.
+    gone("VMM", state.vmm, true)
+}
+
+fn gone(name: &str, process: Option<ProcessId>, insist: bool) -> Result<(), Error> {
+    let Some((process, handle)) = process.and_then(|process| Some((process, process.open()?))) else {
+        return Ok(());
+    };
+    if insist {
+        handle.signal(libc::SIGKILL).map_err(Error::io(format!("kill the {name}")))?;
+    }
+    if handle.wait(KILL_TIMEOUT) {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "the {name} (pid {}) does not end: try again, and see /proc/{}/stack for what it waits for",
+        process.pid, process.pid
+    )))
+}

@@ -1,0 +1,248 @@
+//! The command line: what callers of runc know, one file a command.
+//!
+//! Commands read their arguments, do one thing, and print its result on standard output. An error is one line on
+//! standard error, and a record in the log if there is one; the exit code is then 1, except where it is that of a
+//! workload.
+
+mod check;
+mod create;
+mod delete;
+mod exec;
+mod features;
+mod kill;
+mod list;
+mod pause;
+mod ps;
+mod run;
+pub mod spec;
+mod start;
+mod state;
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::sandbox::control::{Conversation, Reply, Request};
+use crate::state::{DEFAULT_ROOT, State, StateDir};
+use crate::{bundle, config, guest_files, log, sandbox, state as container};
+
+/// Runs OCI containers, each in a microVM of its own
+#[derive(Parser)]
+#[command(name = "stockade", version, disable_help_subcommand = true)]
+struct Arguments {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of all commands.
+#[derive(Args)]
+struct Global {
+    /// Directory of the containers' state
+    #[arg(long, global = true, default_value = DEFAULT_ROOT, value_name = "DIR")]
+    root: PathBuf,
+    /// Append log records to this file
+    #[arg(long, global = true, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Format of log records
+    #[arg(long, global = true, value_enum, default_value = "text")]
+    log_format: log::Format,
+    /// Log more, and the guest's console too
+    #[arg(long, global = true)]
+    debug: bool,
+    /// Accepted and without effect: containers' cgroups are the guest's
+    #[arg(long, global = true, hide = true)]
+    systemd_cgroup: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(liboci_cli::Run),
+    Create(liboci_cli::Create),
+    Start(liboci_cli::Start),
+    State(liboci_cli::State),
+    Kill(kill::Kill),
+    Delete(delete::Delete),
+    List(liboci_cli::List),
+    Exec(liboci_cli::Exec),
+    Ps(liboci_cli::Ps),
+    Pause(liboci_cli::Pause),
+    Resume(liboci_cli::Resume),
+    Spec(liboci_cli::Spec),
+    Features(liboci_cli::Features),
+    Check(check::Check),
+}
+
+/// What commands can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
+    #[error(transparent)]
+    State(#[from] container::Error),
+    #[error(transparent)]
+    Bundle(#[from] bundle::Error),
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
+    GuestFiles(#[from] guest_files::Error),
+    #[error("cannot {0}: {1}")]
+    Io(String, #[source] io::Error),
+    #[error("{0}")]
+    Usage(String),
+    /// The supervisor said so.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Error {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        move |e| Error::Io(what.into(), e)
+    }
+}
+
+/// A command's exit code.
+pub type Outcome = Result<ExitCode, Error>;
+
+/// Parses the arguments and runs the command.
+pub fn main(process_start_ns: u64) -> ExitCode {
+    let Arguments { global, command } = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(e) => {
+            // Help and version are no errors; a usage error is 1, as everything that fails here.
+            let _ = e.print();
+            return if e.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    match dispatch(&global, command, process_start_ns) {
+        Ok(code) => code,
+        Err(e) => {
+            let message = e.to_string().replace('\n', " ");
+            tracing::error!("{message}");
+            let mut stderr = io::stderr().lock();
+            let _ = writeln!(stderr, "stockade: {message}");
+            if let Error::Sandbox(e) = &e
+                && !e.console().is_empty()
+            {
+                let _ = writeln!(stderr, "The last lines of the guest's console:");
+                for line in e.console() {
+                    let _ = writeln!(stderr, "  {line}");
+                }
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(global: &Global, command: Command, process_start_ns: u64) -> Outcome {
+    log::set_up(global.log.as_deref(), global.log_format, global.debug)
+        .map_err(|e| Error::Io(format!("open the log {}", show(global.log.as_deref())), e))?;
+    if !global.root.is_absolute() {
+        return Err(Error::Usage(format!(
+            "--root {} is relative: give an absolute path, so that every command finds the same state",
+            global.root.display()
+        )));
+    }
+    match command {
+        Command::Run(args) => run::run(global, args, process_start_ns),
+        Command::Create(args) => create::create(global, args, process_start_ns),
+        Command::Start(args) => start::start(global, args),
+        Command::State(args) => state::state(global, args),
+        Command::Kill(args) => kill::kill(global, args),
+        Command::Delete(args) => delete::delete(global, args),
+        Command::List(args) => list::list(global, args),
+        Command::Exec(args) => exec::exec(global, args),
+        Command::Ps(args) => ps::ps(global, args),
+        Command::Pause(args) => pause::pause(global, args),
+        Command::Resume(args) => pause::resume(global, args),
+        Command::Spec(args) => spec::spec(args),
+        Command::Features(_) => features::features(),
+        Command::Check(_) => check::check(),
+    }
+}
+
+/// A container that exists.
+fn open(global: &Global, id: &str) -> Result<(StateDir, State), Error> {
+    let dir = StateDir::open(&global.root, id)?;
+    let state = dir.load()?;
+    Ok((dir, state))
+}
+
+/// Asks a container's supervisor; `None` when it has none.
+fn ask(dir: &StateDir, request: &Request) -> Result<Option<(Reply, Vec<std::os::fd::OwnedFd>)>, Error> {
+    let talk = match Conversation::connect(dir) {
+        Ok(talk) => talk,
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
+        Err(e) => return Err(Error::Io("reach the container's supervisor".into(), e)),
+    };
+    // A supervisor that ends while it is asked is one that is not there.
+    match talk.send(request, &[]).and_then(|()| talk.recv()) {
+        Ok(Some((Reply::Failed { message }, _))) => Err(Error::Refused(message)),
+        Ok(reply) => Ok(reply),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(None),
+        Err(e) => Err(Error::Io("talk to the container's supervisor".into(), e)),
+    }
+}
+
+/// Flags that runc has and a VM cannot honour.
+fn refuse_preserved(preserve_fds: i32) -> Result<(), Error> {
+    match preserve_fds {
+        0 => Ok(()),
+        n => Err(Error::Usage(format!(
+            "--preserve-fds {n} cannot be honoured: descriptors of the host have no meaning in a VM"
+        ))),
+    }
+}
+
+/// Prints a result; a reader that went away is no error.
+fn print(text: &str) -> Outcome {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::Io("write the result".into(), e)),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn show(path: Option<&Path>) -> String {
+    path.map(|path| path.display().to_string()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn callers_of_runc_are_understood() {
+        for line in [
+            "stockade --root /r --log /l --log-format json create --bundle /b --pid-file /p ID",
+            "stockade create --bundle /b --console-socket /s --no-pivot --no-new-keyring ID",
+            "stockade --root /r exec --process /p --detach --pid-file /f ID",
+            "stockade exec -t -u 1000:1000 -e A=b --cwd /tmp --cap CAP_KILL ID sh -c true",
+            "stockade kill ID 15",
+            "stockade kill ID",
+            "stockade kill --all ID KILL",
+            "stockade delete --force ID",
+            "stockade ps --format json ID",
+            "stockade list -q",
+            "stockade list --format json",
+            "stockade run -d -b /b --keep ID",
+            "stockade --systemd-cgroup state ID",
+            "stockade --debug features",
+            "stockade spec --bundle /b",
+        ] {
+            if let Err(e) = Arguments::try_parse_from(line.split(' ')) {
+                panic!("{line}: {e}");
+            }
+        }
+    }
+}

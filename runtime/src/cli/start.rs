@@ -1,0 +1,14 @@
+//! `stockade start`: lets the workload of a created container run.
+
+use std::process::ExitCode;
+
+use super::{Error, Global, Outcome, ask, open};
+use crate::sandbox::control::Request;
+
+pub fn start(global: &Global, args: liboci_cli::Start) -> Outcome {
+    let (dir, _) = open(global, &args.container_id)?;
+    match ask(&dir, &Request::Start)? {
+        Some(_) => Ok(ExitCode::SUCCESS),
+        None => Err(Error::Refused("cannot start a container that has stopped".into())),
+    }
+}
