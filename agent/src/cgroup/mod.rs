@@ -1,0 +1,234 @@
+//! The container's cgroup (cgroup v2): made and limited by the agent before libcontainer puts the process in.
+//!
+//! All containers live below `/stockade`, which leaves a reserve of memory and pids to the agent: whatever a
+//! container without limits of its own does, the agent can still fork, allocate and answer. The agent itself stays
+//! in the root cgroup, where the rule that inner cgroups hold no processes does not apply.
+
+mod devices;
+mod resources;
+mod stats;
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use oci_spec::runtime::LinuxResources;
+use stockade_agent_protocol::messages::StatsResponse;
+use tokio::io::Interest;
+
+use crate::descriptor::watch;
+use crate::error::Error;
+
+/// Where the file system is mounted. libcontainer looks nowhere else.
+pub const ROOT: &str = "/sys/fs/cgroup";
+/// Parent of all containers, relative to [`ROOT`].
+const PARENT: &str = "/stockade";
+/// Memory that containers together cannot take: the agent with thousands of streams needs a few MiB, the kernel
+/// keeps its own reserves besides.
+const MEMORY_RESERVE: u64 = 16 << 20;
+/// The same for pids.
+const PIDS_RESERVE: u64 = 256;
+
+/// Makes the parent of all containers.
+pub fn prepare() -> Result<(), Error> {
+    let controllers = read(Path::new(ROOT), "cgroup.controllers")?;
+    let enable: String = controllers.split_ascii_whitespace().map(|c| format!("+{c} ")).collect::<String>();
+    let parent = PathBuf::from(format!("{ROOT}{PARENT}"));
+    write(Path::new(ROOT), "cgroup.subtree_control", &enable)?;
+    fs::create_dir(&parent).map_err(|e| Error::os(format!("making the cgroup {PARENT}"), e))?;
+    write(&parent, "cgroup.subtree_control", &enable)?;
+
+    let memory = nix::sys::sysinfo::sysinfo().map(|s| s.ram_total()).unwrap_or(0);
+    if memory > 2 * MEMORY_RESERVE {
+        write(&parent, "memory.max", &(memory - MEMORY_RESERVE).to_string())?;
+    }
+    let threads = fs::read_to_string("/proc/sys/kernel/threads-max").ok().and_then(|t| t.trim().parse().ok());
+    let pids = fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|t| t.trim().parse().ok());
+    let most: u64 = threads.unwrap_or(u64::MAX).min(pids.unwrap_or(u64::MAX));
+    if most != u64::MAX && most > 2 * PIDS_RESERVE {
+        write(&parent, "pids.max", &(most - PIDS_RESERVE).to_string())?;
+    }
+    Ok(())
+}
+
+/// One container's cgroup.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    /// Relative to [`ROOT`], for the spec.
+    pub name: String,
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// The cgroup of a container; it need not exist.
+    pub fn of(container_id: &str) -> Self {
+        let name = format!("{PARENT}/{container_id}");
+        let path = PathBuf::from(format!("{ROOT}{name}"));
+        Self { name, path }
+    }
+
+    /// Makes it, with limits.
+    pub fn create(&self, limits: Option<&LinuxResources>) -> Result<(), Error> {
+        fs::create_dir(&self.path).map_err(|e| Error::os(format!("making the cgroup {}", self.name), e))?;
+        match limits {
+            Some(limits) => self.limit(limits),
+            None => Ok(()),
+        }
+    }
+
+    /// Applies limits.
+    pub fn limit(&self, limits: &LinuxResources) -> Result<(), Error> {
+        for setting in resources::settings(limits)? {
+            if setting.only_if_present && !self.path.join(&setting.file).exists() {
+                continue;
+            }
+            self.write(&setting.file, &setting.value).map_err(|e| {
+                Error::Invalid(format!(
+                    "{} cannot be applied ({} = {:?}): {e}",
+                    setting.field, setting.file, setting.value
+                ))
+            })?;
+        }
+        match limits.devices() {
+            Some(rules) if !rules.is_empty() => devices::restrict(&self.path, rules),
+            _ => Ok(()),
+        }
+    }
+
+    fn write(&self, file: &str, value: &str) -> io::Result<()> {
+        write_file(&self.path.join(file), value)
+    }
+
+    /// Ends every process in it and below.
+    pub fn kill(&self) -> Result<(), Error> {
+        match self.write("cgroup.kill", "1") {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.map_err(|e| Error::os("killing all processes of the container", e)),
+        }
+    }
+
+    /// Freezes or thaws every process in it, and waits until that is so.
+    pub async fn freeze(&self, frozen: bool) -> Result<(), Error> {
+        let failed =
+            |e| Error::os(if frozen { "freezing the container" } else { "thawing the container" }, e);
+        self.write("cgroup.freeze", if frozen { "1" } else { "0" }).map_err(failed)?;
+        self.wait_for_event(if frozen { "frozen 1" } else { "frozen 0" }).await.map_err(failed)
+    }
+
+    /// It was frozen by [`freeze`](Self::freeze).
+    pub fn is_frozen(&self) -> bool {
+        fs::read(self.path.join("cgroup.freeze")).is_ok_and(|text| text.trim_ascii() == b"1")
+    }
+
+    /// Waits until `cgroup.events` has the line `wanted`. The kernel flags changes as priority data.
+    async fn wait_for_event(&self, wanted: &str) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let file = fs::File::open(self.path.join("cgroup.events"))?;
+        let read = |file: &fs::File| -> io::Result<bool> {
+            let mut buf = [0; 128];
+            let n = file.read_at(&mut buf, 0)?;
+            Ok(buf[..n].split(|&b| b == b'\n').any(|line| line == wanted.as_bytes()))
+        };
+        if read(&file)? {
+            return Ok(());
+        }
+        let watched = watch(OwnedFd::from(file.try_clone()?), Interest::PRIORITY)?;
+        loop {
+            // The file must be read through the watched open file for the next change to be flagged.
+            if read(&file)? {
+                return Ok(());
+            }
+            watched.ready(Interest::PRIORITY).await?.clear_ready();
+        }
+    }
+
+    /// Removes it with what is below, once the processes in it are gone.
+    pub async fn remove(&self) -> Result<(), Error> {
+        let failed = |e| Error::os(format!("removing the cgroup {}", self.name), e);
+        loop {
+            match remove_tree(&self.path) {
+                Err(e) if e.raw_os_error() == Some(Errno::EBUSY as i32) => {
+                    self.wait_for_event("populated 0").await.map_err(failed)?;
+                }
+                result => return result.map_err(failed),
+            }
+        }
+    }
+
+    /// Pids of every process in it and below, in the agent's pid namespace.
+    pub fn pids(&self) -> Result<Vec<Pid>, Error> {
+        let mut pids = Vec::new();
+        collect_pids(&self.path, &mut pids).map_err(|e| Error::os("listing the container's processes", e))?;
+        Ok(pids)
+    }
+
+    /// How many of its processes the OOM killer has ended; 0 if it cannot be told.
+    pub fn oom_kills(&self) -> u64 {
+        fs::read_to_string(self.events_file()).map(|text| stats::field(&text, "oom_kill")).unwrap_or(0)
+    }
+
+    /// The file that changes when memory runs out.
+    pub fn events_file(&self) -> PathBuf {
+        self.path.join("memory.events")
+    }
+
+    /// What its processes use.
+    pub fn stats(&self) -> Result<StatsResponse, Error> {
+        stats::read(|file| read(&self.path, file))
+    }
+}
+
+fn write_file(path: &Path, value: &str) -> io::Result<()> {
+    // One write call: the kernel takes each as a whole setting.
+    fs::File::options().write(true).open(path)?.write_all(value.as_bytes())
+}
+
+fn write(dir: &Path, file: &str, value: &str) -> Result<(), Error> {
+    let path = dir.join(file);
+    write_file(&path, value).map_err(|e| Error::os(format!("writing {value:?} to {}", path.display()), e))
+}
+
+fn read(dir: &Path, file: &str) -> Result<String, Error> {
+    let path = dir.join(file);
+    fs::read_to_string(&path).map_err(|e| Error::os(format!("reading {}", path.display()), e))
+}
+
+/// A cgroup directory's files go with it; only its child cgroups must go first.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    match fs::remove_dir(path) {
+        Ok(()) => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e)
+            if e.raw_os_error() != Some(Errno::EBUSY as i32)
+                && e.raw_os_error() != Some(Errno::ENOTEMPTY as i32) =>
+        {
+            return Err(e);
+        }
+        Err(_) => {}
+    }
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+fn collect_pids(path: &Path, pids: &mut Vec<Pid>) -> io::Result<()> {
+    // A threaded cgroup below refuses to list processes; they are listed at the root of its domain.
+    if let Ok(text) = fs::read_to_string(path.join("cgroup.procs")) {
+        // 0 stands for a process that is not in our pid namespace; there is none above the agent's.
+        pids.extend(text.lines().filter_map(|l| l.parse().ok()).filter(|&p| p > 0).map(Pid::from_raw));
+    }
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            collect_pids(&entry.path(), pids)?;
+        }
+    }
+    Ok(())
+}

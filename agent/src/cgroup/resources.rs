@@ -1,0 +1,245 @@
+//! `linux.resources` as writes to files of a cgroup v2.
+//!
+//! The agent does this itself because the alternative in libcontainer drops or refuses other fields than a user of
+//! runc expects, and walks the cgroup file system for it on every start. What has no meaning in cgroup v2 is refused
+//! by name, unless the guest honours it anyway: it has no swap, no huge pages and no RDMA, so limits on those hold.
+
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+
+use crate::error::Error;
+
+/// One write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setting {
+    /// The field it comes from, for messages.
+    pub field: &'static str,
+    /// The file in the cgroup's directory.
+    pub file: String,
+    /// What to write.
+    pub value: String,
+    /// A kernel that has no such file has nothing to limit.
+    pub only_if_present: bool,
+}
+
+fn set(field: &'static str, file: &str, value: impl ToString) -> Setting {
+    Setting { field, file: file.into(), value: value.to_string(), only_if_present: false }
+}
+
+fn refuse(field: &str, why: &str) -> Error {
+    Error::Invalid(format!("linux.resources.{field} cannot be honoured: {why}"))
+}
+
+/// All writes for `resources`, in an order the kernel accepts.
+pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
+    let mut settings = Vec::new();
+    if let Some(memory) = resources.memory() {
+        memory_settings(memory, &mut settings)?;
+    }
+    if let Some(cpu) = resources.cpu() {
+        cpu_settings(cpu, &mut settings)?;
+    }
+    if let Some(pids) = resources.pids() {
+        // 0 and -1 are "no limit" to those who write specs, whatever the kernel makes of 0.
+        settings.push(set("linux.resources.pids.limit", "pids.max", limit(pids.limit(), 0)));
+    }
+    if let Some(io) = resources.block_io() {
+        io_settings(io, &mut settings)?;
+    }
+    for hugepages in resources.hugepage_limits().iter().flatten() {
+        settings.push(Setting {
+            only_if_present: true,
+            ..set(
+                "linux.resources.hugepageLimits",
+                &format!("hugetlb.{}.max", file_part("hugepageLimits", hugepages.page_size())?),
+                hugepages.limit(),
+            )
+        });
+    }
+    if let Some(network) = resources.network() {
+        if network.class_id().unwrap_or(0) != 0
+            || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
+        {
+            return Err(refuse("network", "cgroup v2 has no network controllers"));
+        }
+    }
+    for (file, value) in resources.unified().iter().flatten() {
+        settings.push(set("linux.resources.unified", file_part("unified", file)?, value));
+    }
+    Ok(settings)
+}
+
+fn file_part<'a>(field: &str, name: &'a str) -> Result<&'a str, Error> {
+    if name.is_empty() || name.contains('/') || name.starts_with("cgroup.") {
+        return Err(refuse(field, &format!("{name:?} names no limit")));
+    }
+    Ok(name)
+}
+
+/// A limit as the kernel has it; `none` and below stand for "no limit".
+fn limit(value: i64, none: i64) -> String {
+    if value <= none { "max".into() } else { value.to_string() }
+}
+
+fn memory_settings(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<(), Error> {
+    #[allow(deprecated)] // Refused, not used.
+    if memory.kernel().unwrap_or(0) > 0 || memory.kernel_tcp().unwrap_or(0) > 0 {
+        return Err(refuse("memory.kernel", "cgroup v2 has no limit of kernel memory of its own"));
+    }
+    if memory.disable_oom_killer() == Some(true) {
+        return Err(refuse("memory.disableOOMKiller", "cgroup v2 cannot switch the OOM killer off"));
+    }
+    // In the spec swap is memory plus swap, as cgroup v1 had it; -1 is "no limit".
+    if let Some(swap) = memory.swap().filter(|s| *s != 0) {
+        let value = match (swap, memory.limit()) {
+            (..0, _) => "max".into(),
+            (swap, Some(limit)) if limit > 0 && swap >= limit => (swap - limit).to_string(),
+            _ => {
+                return Err(refuse(
+                    "memory.swap",
+                    "it includes memory, so it must not be below memory.limit",
+                ));
+            }
+        };
+        settings.push(Setting {
+            only_if_present: true,
+            ..set("linux.resources.memory.swap", "memory.swap.max", value)
+        });
+    }
+    if let Some(max) = memory.limit().filter(|m| *m != 0) {
+        settings.push(set("linux.resources.memory.limit", "memory.max", limit(max, -1)));
+    }
+    if let Some(low) = memory.reservation().filter(|m| *m != 0) {
+        settings.push(set("linux.resources.memory.reservation", "memory.low", limit(low, -1)));
+    }
+    Ok(())
+}
+
+fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error> {
+    if cpu.realtime_runtime().unwrap_or(0) != 0 || cpu.realtime_period().unwrap_or(0) != 0 {
+        return Err(refuse("cpu.realtimeRuntime", "cgroup v2 has no limit of real-time processes"));
+    }
+    if let Some(idle) = cpu.idle() {
+        settings.push(set("linux.resources.cpu.idle", "cpu.idle", idle));
+    }
+    if let Some(shares) = cpu.shares().filter(|s| *s != 0) {
+        settings.push(set("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares)));
+    }
+    if cpu.quota().is_some() || cpu.period().is_some_and(|p| p != 0) {
+        let quota = limit(cpu.quota().unwrap_or(-1), 0);
+        // 100 ms is the kernel's default.
+        let period = cpu.period().filter(|p| *p != 0).unwrap_or(100_000);
+        settings.push(set("linux.resources.cpu.quota", "cpu.max", format!("{quota} {period}")));
+    }
+    if let Some(burst) = cpu.burst() {
+        settings.push(set("linux.resources.cpu.burst", "cpu.max.burst", burst));
+    }
+    if let Some(cpus) = cpu.cpus().as_ref().filter(|c| !c.is_empty()) {
+        settings.push(set("linux.resources.cpu.cpus", "cpuset.cpus", cpus));
+    }
+    if let Some(mems) = cpu.mems().as_ref().filter(|m| !m.is_empty()) {
+        settings.push(set("linux.resources.cpu.mems", "cpuset.mems", mems));
+    }
+    Ok(())
+}
+
+/// cgroup v1's 2..=262144 to cgroup v2's 1..=10000, as runc, crun and systemd's callers convert.
+fn weight_of_shares(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
+}
+
+fn io_settings(io: &LinuxBlockIo, settings: &mut Vec<Setting>) -> Result<(), Error> {
+    if io.leaf_weight().unwrap_or(0) != 0 {
+        return Err(refuse("blockIO.leafWeight", "cgroup v2 has no leaf weight"));
+    }
+    if io.weight_device().as_ref().is_some_and(|d| !d.is_empty()) {
+        return Err(refuse("blockIO.weightDevice", "the guest's block devices are not the host's"));
+    }
+    if let Some(weight) = io.weight().filter(|w| *w != 0) {
+        // cgroup v1's 10..=1000 to cgroup v2's 1..=10000.
+        let weight = 1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9_999 / 990;
+        settings.push(set("linux.resources.blockIO.weight", "io.weight", format!("default {weight}")));
+    }
+    let mut throttle = |field, devices: &Option<Vec<LinuxThrottleDevice>>, key: &str| {
+        for device in devices.iter().flatten() {
+            let rate = if device.rate() == 0 { "max".into() } else { device.rate().to_string() };
+            settings.push(set(
+                field,
+                "io.max",
+                format!("{}:{} {key}={rate}", device.major(), device.minor()),
+            ));
+        }
+    };
+    throttle("linux.resources.blockIO.throttleReadBpsDevice", io.throttle_read_bps_device(), "rbps");
+    throttle("linux.resources.blockIO.throttleWriteBpsDevice", io.throttle_write_bps_device(), "wbps");
+    throttle("linux.resources.blockIO.throttleReadIOPSDevice", io.throttle_read_iops_device(), "riops");
+    throttle("linux.resources.blockIO.throttleWriteIOPSDevice", io.throttle_write_iops_device(), "wiops");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(json: &str) -> Result<Vec<(String, String)>, String> {
+        let resources: LinuxResources = serde_json::from_str(json).unwrap();
+        settings(&resources)
+            .map(|all| all.into_iter().map(|s| (s.file, s.value)).collect())
+            .map_err(|e| e.to_string())
+    }
+
+    fn pairs(of: &[(&str, &str)]) -> Result<Vec<(String, String)>, String> {
+        Ok(of.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect())
+    }
+
+    #[test]
+    fn what_docker_run_sets_becomes_cgroup_v2() {
+        assert_eq!(
+            of(
+                r#"{"memory":{"limit":67108864,"reservation":33554432,"swap":134217728,"disableOOMKiller":false},
+                   "cpu":{"shares":1024,"quota":150000,"period":100000,"cpus":"0-1"},"pids":{"limit":64},
+                   "blockIO":{"weight":0}}"#
+            ),
+            pairs(&[
+                ("memory.swap.max", "67108864"),
+                ("memory.max", "67108864"),
+                ("memory.low", "33554432"),
+                ("cpu.weight", "39"),
+                ("cpu.max", "150000 100000"),
+                ("cpuset.cpus", "0-1"),
+                ("pids.max", "64"),
+            ])
+        );
+    }
+
+    #[test]
+    fn no_limit_is_spelled_in_many_ways() {
+        assert_eq!(of("{}"), pairs(&[]));
+        assert_eq!(of(r#"{"pids":{"limit":0}}"#), pairs(&[("pids.max", "max")]));
+        assert_eq!(of(r#"{"pids":{"limit":-1}}"#), pairs(&[("pids.max", "max")]));
+        assert_eq!(of(r#"{"memory":{"limit":-1}}"#), pairs(&[("memory.max", "max")]));
+        assert_eq!(of(r#"{"memory":{"limit":0,"swap":0}}"#), pairs(&[]));
+        assert_eq!(of(r#"{"cpu":{"quota":-1}}"#), pairs(&[("cpu.max", "max 100000")]));
+        assert_eq!(of(r#"{"cpu":{"shares":0}}"#), pairs(&[]));
+    }
+
+    #[test]
+    fn shares_keep_their_ends() {
+        assert_eq!((weight_of_shares(1), weight_of_shares(2), weight_of_shares(262_144)), (1, 1, 10_000));
+        assert_eq!(weight_of_shares(u64::MAX), 10_000);
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused_by_name() {
+        for (json, field) in [
+            (r#"{"memory":{"disableOOMKiller":true}}"#, "memory.disableOOMKiller"),
+            (r#"{"memory":{"kernel":1048576}}"#, "memory.kernel"),
+            (r#"{"memory":{"limit":100,"swap":50}}"#, "memory.swap"),
+            (r#"{"cpu":{"realtimeRuntime":100}}"#, "cpu.realtimeRuntime"),
+            (r#"{"network":{"classID":7,"priorities":[]}}"#, "network"),
+            (r#"{"unified":{"../escape":"1"}}"#, "unified"),
+            (r#"{"unified":{"cgroup.subtree_control":"-memory"}}"#, "unified"),
+        ] {
+            assert!(of(json).is_err_and(|e| e.contains(field)), "{json}");
+        }
+    }
+}

@@ -1,0 +1,513 @@
+//! Containers: made by libcontainer in a forked helper, started, joined by execs, deleted.
+//!
+//! What always holds: a container is in the map as soon as its id is taken, and what a step of its making left behind
+//! is removed if a later one fails. No lock is held across an await, so nothing one container does delays another.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{Container as State, ContainerStatus};
+use libcontainer::error::LibcontainerError;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::unistd::Pid;
+use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process as ProcessSpec};
+use stockade_agent_protocol::check_id;
+use stockade_agent_protocol::messages::{CreateContainerRequest, ExecRequest, Stdio as Wanted};
+
+use crate::cgroup::Cgroup;
+use crate::console::Console;
+use crate::error::Error;
+use crate::events::Events;
+use crate::executor::{ExecSeccomp, Workload};
+use crate::helper::{Helper, Record, Reports};
+use crate::oom::OomWatch;
+use crate::reaper::Reaper;
+use crate::spec::{self, ProcessFacts};
+use crate::stdio::{self, ChildEnds, Drain, Ends, Relays, Rendezvous};
+use crate::supervise::{Made, Process};
+
+/// libcontainer's state of each container.
+pub const STATE_DIR: &str = "/run/stockade/state";
+/// The `config.json` of each container as libcontainer gets it.
+pub const BUNDLE_DIR: &str = "/run/stockade/bundles";
+/// Sockets on which terminals arrive.
+pub const CONSOLE_DIR: &str = "/run/stockade/consoles";
+
+/// All containers of the sandbox.
+pub struct Containers {
+    /// Where stdio streams and processes find each other.
+    pub rendezvous: Arc<Rendezvous>,
+    /// What is pushed to the host.
+    pub events: Arc<Events>,
+    reaper: Reaper,
+    oom: Mutex<Option<Arc<OomWatch>>>,
+    /// `None` while a container is being made.
+    all: Mutex<HashMap<String, Option<Arc<Container>>>>,
+}
+
+/// One container, created and perhaps started.
+pub struct Container {
+    id: String,
+    cgroup: Cgroup,
+    init: Arc<Process>,
+    /// `None` while an exec is being made.
+    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+    /// What the init has to say when it is started; taken by the start.
+    unstarted: Mutex<Option<Reports>>,
+    seccomp: Option<LinuxSeccomp>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Containers {
+    /// None yet.
+    pub fn new(reaper: Reaper) -> Arc<Self> {
+        Arc::new(Self {
+            rendezvous: Arc::default(),
+            events: Arc::default(),
+            reaper,
+            oom: Mutex::new(None),
+            all: Mutex::default(),
+        })
+    }
+
+    /// The container of that name.
+    pub fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
+        check_id(id).map_err(|e| Error::Invalid(format!("container_id: {e}")))?;
+        match lock(&self.all).get(id) {
+            Some(Some(container)) => Ok(container.clone()),
+            Some(None) => Err(Error::Precondition(format!("container {id:?} is being created"))),
+            None => Err(Error::Precondition(format!("container {id:?} does not exist"))),
+        }
+    }
+
+    /// From now on memory that runs out is an event.
+    pub fn watch_memory(&self) -> Result<(), Error> {
+        let mut oom = lock(&self.oom);
+        if oom.is_none() {
+            let watch = OomWatch::start(self.events.clone())?;
+            for container in lock(&self.all).values().flatten() {
+                watch.add(&container.id, &container.cgroup);
+            }
+            *oom = Some(watch);
+        }
+        Ok(())
+    }
+
+    /// Creates a container; its workload waits for [`Container::start`]. Returns the pid of its init.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<Pid, Error> {
+        let id = request.container_id;
+        check_id(&id).map_err(|e| Error::Invalid(format!("container_id: {e}")))?;
+        if lock(&self.all).contains_key(&id) {
+            return Err(Error::Exists(format!("container {id:?} exists already")));
+        }
+        lock(&self.all).insert(id.clone(), None);
+        let cgroup = Cgroup::of(&id);
+        match self.make(&id, &cgroup, &request.spec, &request.stdio).await {
+            Ok(container) => {
+                let pid = container.init.pid;
+                if let Some(oom) = &*lock(&self.oom) {
+                    oom.add(&id, &cgroup);
+                }
+                lock(&self.all).insert(id, Some(Arc::new(container)));
+                Ok(pid)
+            }
+            Err(e) => {
+                if let Err(e) = self.remove_traces(&id, &cgroup).await {
+                    tracing::warn!(container = id, "after a failed create: {e}");
+                }
+                lock(&self.all).remove(&id);
+                Err(e)
+            }
+        }
+    }
+
+    async fn make(
+        &self,
+        id: &str,
+        cgroup: &Cgroup,
+        config: &[u8],
+        wanted: &Wanted,
+    ) -> Result<Container, Error> {
+        let adapted = spec::adapt(config, &cgroup.name)?;
+        for (name, value) in &adapted.network_sysctls {
+            set_sysctl(name, value)?;
+        }
+        cgroup.create(adapted.resources.as_ref())?;
+        let bundle = PathBuf::from(BUNDLE_DIR).join(id);
+        let config = serde_json::to_vec(&adapted.spec)
+            .map_err(|e| Error::Internal(format!("writing config.json for libcontainer: {e}")))?;
+        fs::create_dir(&bundle)
+            .and_then(|()| fs::write(bundle.join("config.json"), config))
+            .map_err(|e| Error::os(format!("writing {}", bundle.display()), e))?;
+
+        let Streams { child, ends, console, console_path } = Streams::open(wanted, &adapted.process)?;
+        let facts = adapted.process;
+        let name = id.to_owned();
+        let mut helper = Helper::fork(&self.reaper, move |reporter| {
+            let workload = Workload::new(reporter, facts.wants_home, None);
+            let mut builder = match builder(&name, workload, child) {
+                Ok(builder) => builder,
+                Err(e) => return failed(&e),
+            };
+            builder = builder.with_console_socket(console_path);
+            match builder.as_init(bundle).with_systemd(false).build() {
+                Ok(container) => Record::Done(container.pid().map(|pid| Pid::from_raw(pid.as_raw()))),
+                Err(e) => failed(&e),
+            }
+        })?;
+        let drain = if adapted.own_pid_namespace { Drain::ToTheEnd } else { Drain::WhatIsThere };
+        let init = self.follow(&mut helper, (id, ""), &facts, (wanted, ends, console), drain, cgroup).await?;
+        Ok(Container {
+            id: id.to_owned(),
+            cgroup: cgroup.clone(),
+            init,
+            execs: Mutex::default(),
+            unstarted: Mutex::new(Some(helper.into_reports())),
+            seccomp: adapted.spec.linux().as_ref().and_then(|l| l.seccomp().clone()),
+        })
+    }
+
+    /// Runs a further process in a container.
+    pub async fn exec(&self, request: ExecRequest) -> Result<Pid, Error> {
+        let container = self.get(&request.container_id)?;
+        let exec_id = request.exec_id;
+        check_id(&exec_id).map_err(|e| Error::Invalid(format!("exec_id: {e}")))?;
+        if exec_id == "-" {
+            return Err(Error::Invalid("exec_id: \"-\" stands for the container's init".into()));
+        }
+        container.must_run()?;
+        {
+            let mut execs = lock(&container.execs);
+            if execs.contains_key(&exec_id) {
+                return Err(Error::Exists(format!("exec {exec_id:?} exists already in {:?}", container.id)));
+            }
+            execs.insert(exec_id.clone(), None);
+        }
+        match self.join(&container, &exec_id, &request.process, &request.stdio).await {
+            Ok(process) => {
+                let pid = process.pid;
+                lock(&container.execs).insert(exec_id, Some(process));
+                Ok(pid)
+            }
+            Err(e) => {
+                lock(&container.execs).remove(&exec_id);
+                self.rendezvous.forget(&container.id, Some(&exec_id));
+                Err(e)
+            }
+        }
+    }
+
+    async fn join(
+        &self,
+        container: &Container,
+        exec_id: &str,
+        process: &[u8],
+        wanted: &Wanted,
+    ) -> Result<Arc<Process>, Error> {
+        let mut process: ProcessSpec = serde_json::from_slice(process)
+            .map_err(|e| Error::Invalid(format!("the process of the exec cannot be read: {e}")))?;
+        let facts = spec::adapt_process(&mut process)?;
+        let seccomp = container.seccomp.clone().map(|filter| {
+            let capabilities = spec::lend_sys_admin(&mut process);
+            ExecSeccomp { filter, capabilities }
+        });
+        // The name has a character that no exec id has, so it is not another exec's.
+        let file = PathBuf::from(BUNDLE_DIR).join(&container.id).join(format!("process={exec_id}"));
+        let json = serde_json::to_vec(&process)
+            .map_err(|e| Error::Internal(format!("writing the process for libcontainer: {e}")))?;
+        fs::write(&file, json).map_err(|e| Error::os(format!("writing {}", file.display()), e))?;
+
+        let Streams { child, ends, console, console_path } = Streams::open(wanted, &facts)?;
+        let name = container.id.clone();
+        let path = file.clone();
+        let mut helper = Helper::fork(&self.reaper, move |reporter| {
+            let workload = Workload::new(reporter, facts.wants_home, seccomp);
+            let made =
+                mark_running(&name).and_then(|()| builder(&name, workload, child)).and_then(|builder| {
+                    builder
+                        .with_console_socket(console_path)
+                        .as_tenant()
+                        .with_detach(true)
+                        .with_process(Some(path))
+                        .build()
+                });
+            match made {
+                Ok(pid) => Record::Done(Some(Pid::from_raw(pid.as_raw()))),
+                Err(e) => failed(&e),
+            }
+        })?;
+        let ids = (container.id.as_str(), exec_id);
+        let made = self
+            .follow(&mut helper, ids, &facts, (wanted, ends, console), Drain::WhatIsThere, &container.cgroup)
+            .await;
+        let _ = fs::remove_file(&file);
+        made
+    }
+
+    /// Waits for a helper's word, and follows the process it made.
+    async fn follow(
+        &self,
+        helper: &mut Helper,
+        (container_id, exec_id): (&str, &str),
+        facts: &ProcessFacts,
+        (wanted, ends, console): (&Wanted, Option<stdio::AgentEnds>, Option<Console>),
+        drain: Drain,
+        cgroup: &Cgroup,
+    ) -> Result<Arc<Process>, Error> {
+        let no_pid = || Error::Internal("libcontainer made a process without a pid".into());
+        // The terminal comes while the helper works, and must be its user's before the workload runs.
+        let (pid, terminal) = match console {
+            None => (helper.outcome().await?.ok_or_else(no_pid)?, None),
+            Some(console) => {
+                let receive = console.receive(facts.uid);
+                tokio::pin!(receive);
+                tokio::select! {
+                    biased;
+                    terminal = &mut receive => {
+                        let terminal = terminal?;
+                        (helper.outcome().await?.ok_or_else(no_pid)?, Some(terminal))
+                    }
+                    outcome = helper.outcome() => (outcome?.ok_or_else(no_pid)?, Some(receive.await?)),
+                }
+            }
+        };
+        let exit = self.reaper.watch(pid);
+        let ends = match (&terminal, ends) {
+            (Some(terminal), _) => Ends::Terminal(terminal.clone()),
+            (None, ends) => Ends::Pipes(ends.unwrap_or_default()),
+        };
+        let relays = Relays::start(&self.rendezvous, container_id, exec_id, wanted, ends)
+            .map_err(|e| Error::os("watching the pipes of a process", e))?;
+        let made = Made {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            pid,
+            exit,
+            terminal,
+            relays,
+            drain,
+            cgroup: cgroup.clone(),
+        };
+        Ok(Process::follow(made, self.events.clone()))
+    }
+
+    /// Removes a container that has ended, or with `force` ends it first.
+    pub async fn delete(&self, id: &str, force: bool) -> Result<(), Error> {
+        let container = self.get(id)?;
+        if container.init.is_alive() && !force {
+            return Err(Error::Precondition(format!("container {id:?} has not stopped")));
+        }
+        container.cgroup.kill()?;
+        container.init.reaped().await;
+        let execs: Vec<_> = lock(&container.execs).values().flatten().cloned().collect();
+        for exec in execs {
+            exec.reaped().await;
+        }
+        self.remove_traces(id, &container.cgroup).await?;
+        lock(&self.all).remove(id);
+        Ok(())
+    }
+
+    /// What a container leaves in the guest. Its mounts went with its mount namespace.
+    async fn remove_traces(&self, id: &str, cgroup: &Cgroup) -> Result<(), Error> {
+        self.rendezvous.forget(id, None);
+        let killed = cgroup.kill();
+        let removed = cgroup.remove().await;
+        for dir in [STATE_DIR, BUNDLE_DIR] {
+            remove_dir(&Path::new(dir).join(id))?;
+        }
+        killed.and(removed)
+    }
+
+    /// Does something that may wait for long in a process of its own.
+    pub async fn aside(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+        let mut helper = Helper::fork(&self.reaper, move |_| match work() {
+            Ok(()) => Record::Done(None),
+            Err(e) => Record::Failed(e.to_string()),
+        })?;
+        helper.outcome().await.map(drop)
+    }
+}
+
+impl Container {
+    /// Its cgroup.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// Its init, or the exec of that name.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        check_id(exec_id).map_err(|e| Error::Invalid(format!("exec_id: {e}")))?;
+        match lock(&self.execs).get(exec_id) {
+            Some(Some(process)) => Ok(process.clone()),
+            _ => Err(Error::Precondition(format!(
+                "exec {exec_id:?} does not exist in container {:?}",
+                self.id
+            ))),
+        }
+    }
+
+    /// Lets the workload run, and waits until its execve has succeeded or failed.
+    pub async fn start(&self) -> Result<(), Error> {
+        let Some(mut reports) = lock(&self.unstarted).take() else {
+            return Err(Error::Precondition(format!("container {:?} has been started already", self.id)));
+        };
+        if let Err(e) = self.notify() {
+            return Err(if self.init.is_alive() {
+                Error::os(format!("starting container {:?}", self.id), e)
+            } else {
+                Error::Precondition(format!("container {:?} ended before it was started", self.id))
+            });
+        }
+        match reports.next().await {
+            Ok(None) => Ok(()),
+            Ok(Some(record)) => record.into_result().map(drop),
+            Err(e) => Err(Error::os("waiting for the workload to run", e)),
+        }
+    }
+
+    /// libcontainer's init waits for a connection to this socket. Done here rather than by libcontainer, which would
+    /// read and write its state and need a process of its own for it. The path goes through a descriptor because a
+    /// socket's path has only 108 bytes.
+    fn notify(&self) -> std::io::Result<()> {
+        let dir = File::open(Path::new(STATE_DIR).join(&self.id))?;
+        UnixStream::connect(format!("/proc/self/fd/{}/notify.sock", dir.as_raw_fd())).map(drop)
+    }
+
+    /// It has been started and its init has not ended.
+    fn must_run(&self) -> Result<(), Error> {
+        if lock(&self.unstarted).is_some() {
+            return Err(Error::Precondition(format!("container {:?} has not been started", self.id)));
+        }
+        if !self.init.is_alive() {
+            return Err(Error::Precondition(format!("container {:?} has stopped", self.id)));
+        }
+        if self.cgroup.is_frozen() {
+            return Err(Error::Precondition(format!("container {:?} is paused", self.id)));
+        }
+        Ok(())
+    }
+
+    /// Freezes or thaws it.
+    pub async fn freeze(&self, frozen: bool) -> Result<(), Error> {
+        if !self.init.is_alive() {
+            return Err(Error::Precondition(format!("container {:?} has stopped", self.id)));
+        }
+        if self.cgroup.is_frozen() == frozen {
+            let state = if frozen { "is paused already" } else { "is not paused" };
+            return Err(Error::Precondition(format!("container {:?} {state}", self.id)));
+        }
+        self.cgroup.freeze(frozen).await
+    }
+
+    /// Applies new limits.
+    pub fn update(&self, resources: &[u8]) -> Result<(), Error> {
+        let limits: LinuxResources = serde_json::from_slice(resources)
+            .map_err(|e| Error::Invalid(format!("the resources cannot be read: {e}")))?;
+        self.cgroup.limit(&limits)
+    }
+
+    /// Sends a signal to one process, or to all.
+    pub fn signal(&self, exec_id: &str, signal: i32, all: bool) -> Result<(), Error> {
+        if !all {
+            return self.process(exec_id)?.signal(signal);
+        }
+        if !exec_id.is_empty() {
+            return Err(Error::Invalid("a signal goes to all processes or to one exec, not both".into()));
+        }
+        if signal == libc::SIGKILL {
+            return self.cgroup.kill();
+        }
+        for pid in self.cgroup.pids()? {
+            // SAFETY: plain system call. A process that ended since the list was read is ESRCH or, in theory,
+            // another; the kernel has no signal for a whole cgroup but SIGKILL.
+            unsafe { libc::kill(pid.as_raw(), signal) };
+        }
+        Ok(())
+    }
+}
+
+/// A process's streams before it exists.
+struct Streams {
+    child: ChildEnds,
+    ends: Option<stdio::AgentEnds>,
+    console: Option<Console>,
+    console_path: Option<PathBuf>,
+}
+
+impl Streams {
+    fn open(wanted: &Wanted, facts: &ProcessFacts) -> Result<Self, Error> {
+        if facts.terminal {
+            let console = Console::listen()?;
+            let console_path = Some(console.path().to_owned());
+            return Ok(Self {
+                child: ChildEnds::default(),
+                ends: None,
+                console: Some(console),
+                console_path,
+            });
+        }
+        let (child, ends) = stdio::pipes(wanted, facts)?;
+        Ok(Self { child, ends: Some(ends), console: None, console_path: None })
+    }
+}
+
+fn builder(id: &str, workload: Workload, child: ChildEnds) -> Result<ContainerBuilder, LibcontainerError> {
+    let mut builder = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_executor(workload)
+        .with_root_path(STATE_DIR)?;
+    (builder.stdin, builder.stdout, builder.stderr) = (child.stdin, child.stdout, child.stderr);
+    Ok(builder)
+}
+
+/// libcontainer lets a process join only a container that its state calls running.
+fn mark_running(id: &str) -> Result<(), LibcontainerError> {
+    let mut state = State::load(Path::new(STATE_DIR).join(id))?;
+    if state.status() != ContainerStatus::Running {
+        state.set_status(ContainerStatus::Running).save()?;
+    }
+    Ok(())
+}
+
+/// A libcontainer error with what caused it, in one line.
+fn failed(error: &LibcontainerError) -> Record {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let reason = error.to_string();
+        if !text.contains(&reason) {
+            text = format!("{text}: {reason}");
+        }
+        cause = error.source();
+    }
+    Record::Failed(text)
+}
+
+fn set_sysctl(name: &str, value: &str) -> Result<(), Error> {
+    if name.split(['.', '/']).any(|part| part.is_empty()) {
+        return Err(Error::Invalid(format!("linux.sysctl {name:?} is not a name")));
+    }
+    let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+    fs::write(path, value)
+        .map_err(|e| Error::Invalid(format!("linux.sysctl {name} = {value:?} cannot be set: {e}")))
+}
+
+fn remove_dir(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::os(format!("removing {}", path.display()), e))
+        }
+        _ => Ok(()),
+    }
+}

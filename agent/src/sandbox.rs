@@ -1,0 +1,81 @@
+//! Setting the guest up for containers: the share, the clock, entropy.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use stockade_agent_protocol::SHARE_MOUNT_POINT;
+use stockade_agent_protocol::messages::SetupSandboxRequest;
+
+use crate::error::Error;
+
+/// Bounds of the entropy in a request, bytes.
+const ENTROPY: std::ops::RangeInclusive<usize> = 32..=512;
+
+/// Does what the request asks for.
+pub fn set_up(request: &SetupSandboxRequest) -> Result<(), Error> {
+    if !request.entropy.is_empty() && !ENTROPY.contains(&request.entropy.len()) {
+        return Err(Error::Invalid(format!(
+            "entropy must have {} to {} bytes, not {}",
+            ENTROPY.start(),
+            ENTROPY.end(),
+            request.entropy.len()
+        )));
+    }
+    if request.realtime_ns != 0 {
+        set_clock(request.realtime_ns)?;
+    }
+    if !request.entropy.is_empty() {
+        credit_entropy(&request.entropy)?;
+    }
+    mount_share(&request.share_tag)
+}
+
+/// An empty tag leaves the guest without a share: for tests of the agent alone.
+fn mount_share(tag: &str) -> Result<(), Error> {
+    if tag.is_empty() {
+        return Ok(());
+    }
+    fs::create_dir_all(SHARE_MOUNT_POINT).map_err(|e| Error::os(format!("making {SHARE_MOUNT_POINT}"), e))?;
+    // No nosuid or nodev here: whether they apply is for each container's mounts to say. Devices are decided about by
+    // the container's device cgroup.
+    mount(Some(tag), SHARE_MOUNT_POINT, Some("virtiofs"), MsFlags::empty(), None::<&str>)
+        .map_err(|e| Error::os(format!("mounting the virtio-fs tag {tag:?} on {SHARE_MOUNT_POINT}"), e))
+}
+
+fn set_clock(realtime_ns: u64) -> Result<(), Error> {
+    let time = TimeSpec::new((realtime_ns / 1_000_000_000) as i64, (realtime_ns % 1_000_000_000) as i64);
+    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(|e| Error::os("setting the clock", e))
+}
+
+/// RNDADDENTROPY: mixes bytes into the kernel's generator and counts them as unpredictable (random(4)).
+fn credit_entropy(entropy: &[u8]) -> Result<(), Error> {
+    /// struct rand_pool_info with room for the most that is accepted.
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_bits: libc::c_int,
+        bytes: libc::c_int,
+        buf: [u8; 512],
+    }
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    let mut info =
+        PoolInfo { entropy_bits: entropy.len() as i32 * 8, bytes: entropy.len() as i32, buf: [0; 512] };
+    info.buf[..entropy.len()].copy_from_slice(entropy);
+    let failed = |e| Error::os("crediting entropy to /dev/urandom", e);
+    let random = File::options().write(true).open("/dev/urandom").map_err(failed)?;
+    // SAFETY: the kernel reads `bytes` bytes behind the header, which are there.
+    if unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &info) } < 0 {
+        return Err(failed(std::io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// Writes back what is dirty in the share. Everything else in the guest lives and dies with its memory.
+pub fn write_back() -> Result<(), Error> {
+    match File::open(SHARE_MOUNT_POINT) {
+        Ok(share) => nix::unistd::syncfs(&share).map_err(|e| Error::os("writing back the share", e)),
+        Err(_) => Ok(()),
+    }
+}
