@@ -55,7 +55,8 @@ pub struct TestDriver {
     pub irq: EventFd,
     pub queues: Vec<DriverQueue>,
     queue_sizes: Vec<u16>,
-    heap: u64,
+    /// Where the next allocation goes; a test may set it back.
+    pub heap: u64,
 }
 
 impl TestDriver {

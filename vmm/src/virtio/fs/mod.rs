@@ -3,6 +3,8 @@
 //! [`share`] is the policy: what a guest may do to the directory. [`worker`] is the device's own thread, so
 //! that waiting for the host's disks never stalls the streams of the I/O thread.
 
+mod limits;
+mod nodes;
 mod share;
 mod worker;
 
@@ -10,6 +12,8 @@ mod worker;
 mod tests;
 
 use std::os::fd::{AsRawFd, OwnedFd};
+
+use limits::Limits;
 
 use super::{ActivateError, Activation, ConfigSpace, Device, F_EVENT_IDX, F_INDIRECT_DESC, Running};
 
@@ -23,18 +27,19 @@ const QUEUE_SIZES: [u16; 2] = [128, 512];
 const TAG_SIZE: usize = 36;
 
 /// A file system device that the guest mounts by `tag` (36 bytes of UTF-8 at most, the rest is cut off) and
-/// that serves the directory `share`.
+/// that serves the directory `share`. Raises the process' limit of open files (see [`limits`]).
 pub fn new(tag: &str, share: OwnedFd) -> Box<dyn Device> {
     let mut config = vec![0; TAG_SIZE];
     let n = tag.len().min(TAG_SIZE);
     config[..n].copy_from_slice(&tag.as_bytes()[..n]);
     // num_request_queues
     config.extend(1u32.to_le_bytes());
-    Box::new(Fs { share, config: ConfigSpace::new(config) })
+    Box::new(Fs { share, limits: Limits::of_process(), config: ConfigSpace::new(config) })
 }
 
 struct Fs {
     share: OwnedFd,
+    limits: Limits,
     config: ConfigSpace,
 }
 
@@ -59,7 +64,7 @@ impl Device for Fs {
     fn activate(&self, activation: Activation) -> Result<Box<dyn Running>, ActivateError> {
         // A directory reached through its descriptor, so that no path of the host is ever opened.
         let root = format!("/proc/self/fd/{}/.", self.share.as_raw_fd());
-        let share = share::Share::new(root)
+        let share = share::Share::new(root, self.limits)
             .map_err(|error| ActivateError::Host { what: "open the share directory", error })?;
         Ok(Box::new(worker::start(share, activation)?))
     }

@@ -17,6 +17,9 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use super::limits::Limits;
+use super::nodes::Nodes;
+
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
@@ -43,11 +46,12 @@ pub struct Share {
     inner: PassthroughFs,
     handles: AtomicUsize,
     max_handles: usize,
+    nodes: Nodes,
 }
 
 impl Share {
     /// Serves the directory `root`.
-    pub fn new(root: String) -> io::Result<Self> {
+    pub fn new(root: String, limits: Limits) -> io::Result<Self> {
         let config = Config {
             root_dir: root,
             entry_timeout: VALID_FOR,
@@ -62,7 +66,38 @@ impl Share {
         };
         let inner = PassthroughFs::new(config)?;
         inner.import()?;
-        Ok(Self { inner, handles: AtomicUsize::new(0), max_handles: 65536 })
+        let handles = AtomicUsize::new(0);
+        Ok(Self { inner, handles, max_handles: limits.handles, nodes: Nodes::new(limits.inodes) })
+    }
+
+    /// Inodes that the guest holds, without the root.
+    #[cfg(test)]
+    pub fn known_inodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Counts an entry that the guest gets to know, or takes it back if it knows too many.
+    fn known(&self, ctx: &Context, entry: Entry) -> io::Result<Entry> {
+        if self.nodes.learn(entry.inode) {
+            Ok(entry)
+        } else {
+            self.inner.forget(ctx, entry.inode, 1);
+            fail(libc::ENFILE)
+        }
+    }
+
+    /// Before something is made that the guest would then know.
+    fn may_know_more(&self) -> io::Result<()> {
+        if self.nodes.is_full() { fail(libc::ENFILE) } else { Ok(()) }
+    }
+
+    /// Whether the guest may keep what it has cached of a file that it opens: if nothing has changed since it
+    /// was opened last.
+    fn cache_options(&self, ctx: &Context, inode: Inode, handle: Option<Handle>) -> OpenOptions {
+        match self.inner.getattr(ctx, inode, handle) {
+            Ok((attributes, _)) if self.nodes.is_unchanged(inode, &attributes) => OpenOptions::KEEP_CACHE,
+            _ => OpenOptions::empty(),
+        }
     }
 
     fn may_open(&self) -> io::Result<()> {
@@ -133,25 +168,31 @@ impl FileSystem for Share {
             | FsOptions::ASYNC_DIO
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::ATOMIC_O_TRUNC
+            | FsOptions::CACHE_SYMLINKS
             | FsOptions::INIT_EXT;
         Ok((self.inner.init(capable)? | ours) & capable)
     }
 
     fn destroy(&self) {
         self.handles.store(0, Ordering::Relaxed);
+        self.nodes.clear();
         self.inner.destroy();
     }
 
     fn lookup(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
-        self.inner.lookup(ctx, parent, name)
+        self.known(ctx, self.inner.lookup(ctx, parent, name)?)
     }
 
     fn forget(&self, ctx: &Context, inode: Inode, count: u64) {
+        self.nodes.forget(inode, count);
         self.inner.forget(ctx, inode, count);
     }
 
     fn batch_forget(&self, ctx: &Context, requests: Vec<(Inode, u64)>) {
+        for (inode, count) in &requests {
+            self.nodes.forget(*inode, *count);
+        }
         self.inner.batch_forget(ctx, requests);
     }
 
@@ -176,7 +217,8 @@ impl FileSystem for Share {
 
     fn symlink(&self, ctx: &Context, target: &CStr, parent: Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
-        self.inner.symlink(ctx, target, parent, name)
+        self.may_know_more()?;
+        self.known(ctx, self.inner.symlink(ctx, target, parent, name)?)
     }
 
     fn mknod(
@@ -195,12 +237,14 @@ impl FileSystem for Share {
             libc::S_IFCHR if rdev == 0 => (),
             _ => return fail(libc::EPERM),
         }
-        self.inner.mknod(ctx, parent, name, mode, rdev, umask)
+        self.may_know_more()?;
+        self.known(ctx, self.inner.mknod(ctx, parent, name, mode, rdev, umask)?)
     }
 
     fn mkdir(&self, ctx: &Context, parent: Inode, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
         check_name(name)?;
-        self.inner.mkdir(ctx, parent, name, mode, umask)
+        self.may_know_more()?;
+        self.known(ctx, self.inner.mkdir(ctx, parent, name, mode, umask)?)
     }
 
     fn unlink(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<()> {
@@ -233,7 +277,8 @@ impl FileSystem for Share {
 
     fn link(&self, ctx: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
-        self.inner.link(ctx, inode, parent, name)
+        self.may_know_more()?;
+        self.known(ctx, self.inner.link(ctx, inode, parent, name)?)
     }
 
     fn open(
@@ -244,7 +289,9 @@ impl FileSystem for Share {
         fuse_flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions, Option<u32>)> {
         self.may_open()?;
-        self.inner.open(ctx, inode, flags, fuse_flags).inspect(|_| self.opened())
+        let (handle, options, backing) = self.inner.open(ctx, inode, flags, fuse_flags)?;
+        self.opened();
+        Ok((handle, options | self.cache_options(ctx, inode, handle), backing))
     }
 
     fn create(
@@ -256,7 +303,10 @@ impl FileSystem for Share {
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions, Option<u32>)> {
         check_name(name)?;
         self.may_open()?;
-        self.inner.create(ctx, parent, name, args).inspect(|_| self.opened())
+        self.may_know_more()?;
+        let (entry, handle, options, backing) = self.inner.create(ctx, parent, name, args)?;
+        self.opened();
+        Ok((self.known(ctx, entry)?, handle, options, backing))
     }
 
     fn read(
@@ -376,7 +426,23 @@ impl FileSystem for Share {
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        self.inner.readdirplus(ctx, inode, handle, size.min(MAX_DIRECTORY_REPLY), offset, add_entry)
+        let mut add = |name: DirEntry, entry: Entry| {
+            let node = entry.inode;
+            if self.nodes.learn(node) {
+                let added = add_entry(name, entry);
+                if !matches!(added, Ok(n) if n > 0) {
+                    self.nodes.forget(node, 1);
+                }
+                return added;
+            }
+            // Node 0: the name only, to be looked up when it is needed (`fuse_direntplus_link` in Linux).
+            let added = add_entry(name, Entry { inode: 0, ..entry });
+            if matches!(added, Ok(n) if n > 0) {
+                self.inner.forget(ctx, node, 1);
+            }
+            added
+        };
+        self.inner.readdirplus(ctx, inode, handle, size.min(MAX_DIRECTORY_REPLY), offset, &mut add)
     }
 
     fn fsyncdir(&self, ctx: &Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()> {
