@@ -10,12 +10,13 @@ use kvm_ioctls::{Cap, Kvm};
 
 /// What booting needs of KVM, with the name in `include/uapi/linux/kvm.h`. What only snapshots would need is
 /// not asked for here.
-const REQUIRED: [(Cap, &str); 10] = [
+const REQUIRED: [(Cap, &str); 11] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
@@ -144,7 +145,7 @@ mod tests {
         for finding in check() {
             assert!(!finding.to_string().contains('\n'));
         }
-        let missing = Error::Capabilities(vec!["KVM_CAP_IRQFD", "KVM_CAP_IOEVENTFD"]);
-        assert!(missing.to_string().contains("KVM_CAP_IRQFD, KVM_CAP_IOEVENTFD"));
+        let missing = Error::Capabilities(vec!["KVM_CAP_SIGNAL_MSI", "KVM_CAP_IOEVENTFD"]);
+        assert!(missing.to_string().contains("KVM_CAP_SIGNAL_MSI, KVM_CAP_IOEVENTFD"));
     }
 }

@@ -5,6 +5,7 @@ mod bus;
 mod cmdline;
 pub mod control;
 pub mod host;
+mod io_apic;
 pub mod io_loop;
 mod kernel;
 mod machine;

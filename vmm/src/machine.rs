@@ -2,22 +2,24 @@
 //! supervisor has said what this one is to be; [`Shell::furnish`] does the rest.
 //!
 //! Order matters where KVM says so: interrupt controllers before vCPUs, CPUID before MSRs. The ioctls are as few
-//! as they can be, because several of them wait for a grace period in the host: one RAM slot where possible, the
-//! interrupt routing that the controllers come with, no PIT.
+//! as they can be, because several of them wait for a grace period in the host: one RAM slot where possible, no
+//! interrupt routing, no 8259, no PIT.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemory as _, GuestMemoryError, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::Bus;
 use crate::control::Boot;
 use crate::host;
+use crate::io_apic::IoApic;
 use crate::io_loop::IoHandle;
 use crate::kernel;
 use crate::memory::{self, GuestMemory};
@@ -123,7 +125,7 @@ pub struct Files {
 /// A VM without memory, devices and vCPUs.
 pub struct Shell {
     kvm: Kvm,
-    vm: VmFd,
+    vm: Arc<VmFd>,
 }
 
 /// A VM that is ready to run, paused.
@@ -132,7 +134,6 @@ pub struct Machine {
     pub vcpus: Vcpus,
     /// Opens streams to the guest.
     pub dialer: Dialer,
-    _vm: VmFd,
 }
 
 impl Shell {
@@ -143,8 +144,10 @@ impl Shell {
         if host_is_intel() {
             vm.set_tss_address(TSS_ADDRESS).map_err(kvm("set the TSS address"))?;
         }
-        vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
-        Ok(Shell { kvm: kvm_device, vm })
+        // Local APICs only, with no pins of an I/O APIC among KVM's interrupt routes: see `io_apic`.
+        let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        vm.enable_cap(&split).map_err(kvm("create the local APICs"))?;
+        Ok(Shell { kvm: kvm_device, vm: Arc::new(vm) })
     }
 
     /// Gives it memory with a kernel in it, devices and vCPUs. `loaded` is called when kernel and initrd are in
@@ -181,22 +184,29 @@ impl Shell {
         let slots = devices.each_ref().map(|(slot, _)| *slot);
         let cmdline = cmdline::compose(boot.vcpus, boot.memory_bytes, &slots, &boot.cmdline)?;
         boot_params::write(&memory, &cmdline, &initrd).map_err(write("the boot parameters"))?;
-        mp_table::write(&memory, boot.vcpus).map_err(write("the MP table"))?;
+        mp_table::write(&memory, boot.vcpus, &slots).map_err(write("the MP table"))?;
         registers::write_tables(&memory).map_err(write("the page tables"))?;
         register_memory(&vm, &memory)?;
 
+        let io_apic = Arc::new(IoApic::new({
+            let vm = Arc::clone(&vm);
+            // An error is an interrupt that no local APIC takes: on a real machine it would be lost as well.
+            Box::new(move |message| {
+                let _ = vm.signal_msi(message);
+            })
+        }));
         let transports = devices
             .into_iter()
-            .map(|(slot, device)| Ok((slot, plug(&vm, &memory, slot, device)?)))
+            .map(|(slot, device)| Ok((slot, plug(&vm, &memory, &io_apic, slot, device)?)))
             .collect::<Result<Vec<_>, Error>>()?;
         let console =
             Console::new(files.console).map_err(|source| Error::Device { name: "console", source })?;
-        let bus = Arc::new(Bus::new(console, transports));
+        let bus = Arc::new(Bus::new(console, io_apic, transports));
 
         let vcpus = create_vcpus(&kvm_device, &vm, boot.vcpus)?;
         registers::set_boot(&vcpus[0], kernel.entry).map_err(kvm("set the registers"))?;
         let vcpus = Vcpus::start(vcpus, bus).map_err(Error::Threads)?;
-        Ok(Machine { vcpus, dialer, _vm: vm })
+        Ok(Machine { vcpus, dialer })
     }
 }
 
@@ -221,13 +231,11 @@ pub fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
 fn plug(
     vm: &VmFd,
     memory: &GuestMemory,
+    io_apic: &Arc<IoApic>,
     slot: Slot,
     device: Box<dyn Device>,
 ) -> Result<MmioTransport, Error> {
-    let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-        .map_err(|source| Error::Device { name: "interrupt", source })?;
-    vm.register_irqfd(&irq, slot.irq().into()).map_err(kvm("connect an interrupt"))?;
-    let transport = MmioTransport::new(device, memory.clone(), irq)?;
+    let transport = MmioTransport::new(device, memory.clone(), Box::new(io_apic.line(slot.irq())))?;
     let doorbell = IoEventAddress::Mmio(slot.base() + QUEUE_NOTIFY);
     for (queue, event) in transport.queue_events().iter().enumerate() {
         vm.register_ioevent(event, &doorbell, queue as u32).map_err(kvm("connect a queue"))?;

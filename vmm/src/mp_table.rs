@@ -2,16 +2,14 @@
 //! interrupts.
 //!
 //! One floating pointer at address 0 and the configuration table right behind it: one processor entry for
-//! each vCPU with APIC id = index, one ISA bus, one I/O APIC, each interrupt line wired to the pin of the same
-//! number, and the two local interrupts.
+//! each vCPU with APIC id = index, one ISA bus, one I/O APIC, the interrupt line of each device wired to the pin
+//! of the same number, and the NMI. Lines without a device are left out, because Linux sets up each that is in.
 
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
+use crate::io_apic;
 use crate::memory::{GuestMemory, MP_TABLE};
-use crate::slots;
-
-/// Where every I/O APIC is.
-const IO_APIC_ADDRESS: u32 = 0xfec0_0000;
+use crate::slots::Slot;
 
 /// Where every local APIC is.
 const LOCAL_APIC_ADDRESS: u32 = 0xfee0_0000;
@@ -30,11 +28,10 @@ const BUS_ISA: u8 = 0;
 /// Interrupt type (MP specification, table 4-10).
 const TYPE_INT: u8 = 0;
 const TYPE_NMI: u8 = 1;
-const TYPE_EXTINT: u8 = 3;
 
-/// Writes the table for `vcpus` processors to guest memory.
-pub fn write(memory: &GuestMemory, vcpus: u8) -> Result<(), GuestMemoryError> {
-    let table = build(vcpus);
+/// Writes the table for `vcpus` processors and a device in each of `slots` to guest memory.
+pub fn write(memory: &GuestMemory, vcpus: u8, slots: &[Slot]) -> Result<(), GuestMemoryError> {
+    let table = build(vcpus, slots);
     let pointer = floating_pointer(MP_TABLE.unchecked_add(POINTER_LENGTH as u64));
     memory.write_slice(&[&pointer[..], &table].concat(), MP_TABLE)
 }
@@ -51,7 +48,7 @@ fn floating_pointer(table: GuestAddress) -> [u8; POINTER_LENGTH] {
 }
 
 /// The configuration table (sections 4.2 and 4.3).
-fn build(vcpus: u8) -> Vec<u8> {
+fn build(vcpus: u8, slots: &[Slot]) -> Vec<u8> {
     let io_apic_id = vcpus;
     let mut entries: Vec<u8> = Vec::with_capacity(1024);
     let mut count = 0u16;
@@ -65,12 +62,11 @@ fn build(vcpus: u8) -> Vec<u8> {
         add(&[&[0, id, APIC_VERSION, flags][..], &[0; 16]].concat());
     }
     add(&[&[1, BUS_ISA][..], b"ISA   "].concat());
-    add(&[&[2, io_apic_id, APIC_VERSION, 1][..], &IO_APIC_ADDRESS.to_le_bytes()].concat());
+    add(&[&[2, io_apic_id, APIC_VERSION, 1][..], &(io_apic::ADDRESS as u32).to_le_bytes()].concat());
     // Flags 0: polarity and trigger as usual for ISA, that is active high and edge.
-    for irq in slots::IRQS {
+    for irq in slots.iter().map(|slot| slot.irq()) {
         add(&[3, TYPE_INT, 0, 0, BUS_ISA, irq, io_apic_id, irq]);
     }
-    add(&[4, TYPE_EXTINT, 0, 0, BUS_ISA, 0, 0, 0]); // LINT0 of the bootstrap processor
     add(&[4, TYPE_NMI, 0, 0, BUS_ISA, 0, 0xff, 1]); // LINT1 of all processors
 
     let mut table = vec![0u8; HEADER_LENGTH];
@@ -116,7 +112,7 @@ mod tests {
     fn both_structures_add_up_to_zero_and_lie_where_linux_looks_first() {
         for vcpus in [1, 2, 31, 32] {
             let memory = memory::create(memory::MIN_BYTES).unwrap();
-            write(&memory, vcpus).unwrap();
+            write(&memory, vcpus, &Slot::ALL).unwrap();
             let mut bytes = [0u8; 0x1000];
             memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
             assert_eq!(&bytes[..4], b"_MP_");
@@ -131,7 +127,7 @@ mod tests {
 
     #[test]
     fn every_vcpu_has_an_entry_and_one_is_the_bootstrap_processor() {
-        let table = build(32);
+        let table = build(32, &Slot::ALL);
         let entries = entries(&table);
         assert_eq!(usize::from(u16::from_le_bytes([table[34], table[35]])), entries.len());
         let processors: Vec<_> = entries.iter().filter(|entry| entry[0] == 0).collect();
@@ -143,14 +139,10 @@ mod tests {
     }
 
     #[test]
-    fn every_slot_has_an_interrupt_pin() {
-        let table = build(1);
-        let entries = entries(&table);
-        for slot in slots::Slot::ALL {
-            assert_eq!(
-                entries.iter().filter(|e| e[0] == 3 && e[5] == slot.irq() && e[7] == slot.irq()).count(),
-                1
-            );
-        }
+    fn every_device_has_an_interrupt_pin_and_empty_slots_have_none() {
+        let table = build(1, &[Slot::VSOCK, Slot::NET[3]]);
+        let interrupts: Vec<_> = entries(&table).into_iter().filter(|entry| entry[0] == 3).collect();
+        let lines: Vec<_> = interrupts.iter().map(|entry| (entry[5], entry[7])).collect();
+        assert_eq!(lines, [Slot::VSOCK, Slot::NET[3]].map(|slot| (slot.irq(), slot.irq())));
     }
 }

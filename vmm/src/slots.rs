@@ -21,7 +21,7 @@ pub const COUNT: usize = 12;
 /// Interrupt line of slot 0: above those of the legacy timer, keyboard, cascade and serial lines.
 const FIRST_IRQ: u8 = 5;
 
-/// The interrupt lines of all slots; 23 is the I/O APIC's last.
+/// The interrupt lines of all slots.
 pub const IRQS: RangeInclusive<u8> = FIRST_IRQ..=FIRST_IRQ + COUNT as u8 - 1;
 
 /// One device's place.
@@ -63,7 +63,7 @@ impl Slot {
         BASE + u64::from(self.0) * SIZE
     }
 
-    /// Interrupt line, I/O APIC pin and KVM's GSI: all the same number.
+    /// Interrupt line, I/O APIC pin and Linux' interrupt number: all the same.
     pub fn irq(self) -> u8 {
         FIRST_IRQ + self.0
     }

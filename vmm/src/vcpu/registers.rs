@@ -2,11 +2,10 @@
 //!
 //! The first vCPU starts as the 64-bit Linux boot protocol wants it (`Documentation/arch/x86/boot.rst`): long
 //! mode, flat segments, the first GiB mapped to itself, RSI = zero page, interrupts off. The others wait for the
-//! start-up interrupt that Linux sends them, and KVM resets them then: they need nothing but MSRs.
+//! start-up interrupt that Linux sends them, and KVM resets them then: they need nothing but MSRs. Local APICs stay
+//! as KVM resets them: there is no 8259 whose interrupts LINT0 could take, and nothing that could raise an NMI.
 
-use kvm_bindings::{
-    Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_xcrs,
-};
+use kvm_bindings::{Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
@@ -39,12 +38,6 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs on, everything write-back.
 const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// Local vector table entries in the APIC's registers, and their delivery modes (bits 10:8).
-const LVT_LINT0: usize = 0x350;
-const LVT_LINT1: usize = 0x360;
-const MODE_NMI: u32 = 4 << 8;
-const MODE_EXTINT: u32 = 7 << 8;
-
 /// Writes descriptor table and page tables.
 pub fn write_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     memory.write_obj(GDT_ENTRIES, GDT)?;
@@ -66,10 +59,7 @@ pub fn set_boot(vcpu: &VcpuFd, entry: GuestAddress) -> Result<(), kvm_ioctls::Er
         rsi: BOOT_PARAMS.raw_value(),
         rflags: 2, // the bit that is always 1
         ..Default::default()
-    })?;
-    let mut lapic = vcpu.get_lapic()?;
-    wire_local_interrupts(&mut lapic);
-    vcpu.set_lapic(&lapic)
+    })
 }
 
 /// What no reset value is right for. All other MSRs that a kernel may expect to be 0 are 0.
@@ -112,16 +102,6 @@ fn boot_sregs(sregs: &mut kvm_sregs) {
     sregs.cr3 = PAGE_TABLES.raw_value();
     sregs.cr4 |= CR4_PAE;
     sregs.efer |= EFER_LME | EFER_LMA;
-}
-
-/// LINT0 takes the interrupts of the 8259, LINT1 is the NMI: what firmware leaves behind, and what the MP
-/// table says. Start-up resets the others' APICs, so only the first vCPU's matters.
-fn wire_local_interrupts(lapic: &mut kvm_lapic_state) {
-    for (register, mode) in [(LVT_LINT0, MODE_EXTINT), (LVT_LINT1, MODE_NMI)] {
-        for (byte, value) in lapic.regs[register..register + 4].iter_mut().zip(mode.to_le_bytes()) {
-            *byte = value as std::ffi::c_char;
-        }
-    }
 }
 
 #[cfg(test)]
@@ -180,13 +160,5 @@ mod tests {
             assert_eq!((entry >> 54 & 1) as u8, segment.db);
             assert_eq!((entry >> 55 & 1) as u8, segment.g);
         }
-    }
-
-    #[test]
-    fn local_interrupts_are_wired_as_the_mp_table_says() {
-        let mut lapic = kvm_lapic_state::default();
-        wire_local_interrupts(&mut lapic);
-        assert_eq!(lapic.regs[LVT_LINT0..LVT_LINT0 + 4], [0, 7, 0, 0]);
-        assert_eq!(lapic.regs[LVT_LINT1..LVT_LINT1 + 4], [0, 4, 0, 0]);
     }
 }

@@ -1,27 +1,28 @@
-//! A device's interrupt: the reasons in the InterruptStatus register and the irqfd that raises the line.
+//! A device's interrupt: the reasons in the InterruptStatus register and the line that is raised.
 //!
 //! Shared between the transport, which the guest reads and acknowledges through, and the worker.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-
-use vmm_sys_util::eventfd::EventFd;
 
 /// InterruptStatus bit 0: a used buffer.
 const USED_BUFFER: u32 = 1;
 /// InterruptStatus bit 1: the configuration or the device's status has changed.
 const CONFIG_CHANGE: u32 = 2;
 
+/// A device's interrupt line: each call is an edge. Must not block.
+pub type Line = Box<dyn Fn() + Send + Sync>;
+
 /// See the module.
 pub struct Interrupt {
-    irq: EventFd,
+    line: Line,
     reasons: AtomicU32,
     broken: AtomicBool,
 }
 
 impl Interrupt {
-    /// An interrupt that is raised by writing to `irq`, which KVM turns into an edge (irqfd).
-    pub fn new(irq: EventFd) -> Self {
-        Self { irq, reasons: AtomicU32::new(0), broken: AtomicBool::new(false) }
+    /// An interrupt on this line.
+    pub fn new(line: Line) -> Self {
+        Self { line, reasons: AtomicU32::new(0), broken: AtomicBool::new(false) }
     }
 
     /// Says that there are used buffers.
@@ -60,11 +61,9 @@ impl Interrupt {
     }
 
     fn raise(&self, reason: u32) {
-        // Always written, also when the reason was pending: the line is an edge, and the driver may have
+        // Always raised, also when the reason was pending: the line is an edge, and the driver may have
         // read the register just before.
         self.reasons.fetch_or(reason, Ordering::SeqCst);
-        if let Err(error) = self.irq.write(1) {
-            tracing::error!(%error, "cannot raise a device interrupt");
-        }
+        (self.line)();
     }
 }

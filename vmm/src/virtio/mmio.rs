@@ -11,7 +11,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, Line};
 use super::queue::Virtqueue;
 use super::{ActivateError, Activation, Device, F_EVENT_IDX, F_VERSION_1, Running};
 use crate::memory::GuestMemory;
@@ -73,16 +73,15 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers. `irq` is the event descriptor that KVM turns into the device's
-    /// interrupt (irqfd, edge).
-    pub fn new(device: Box<dyn Device>, memory: GuestMemory, irq: EventFd) -> Result<Self, TransportError> {
+    /// Puts `device` behind registers, with `line` as its interrupt.
+    pub fn new(device: Box<dyn Device>, memory: GuestMemory, line: Line) -> Result<Self, TransportError> {
         let n = device.queue_sizes().len();
         let events =
             (0..n).map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             device,
             memory,
-            interrupt: Arc::new(Interrupt::new(irq)),
+            interrupt: Arc::new(Interrupt::new(line)),
             events,
             running: None,
             status: 0,

@@ -64,7 +64,9 @@ impl TestDriver {
         let memory = memory();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let queue_sizes = device.queue_sizes().to_vec();
-        let transport = MmioTransport::new(device, memory.clone(), irq.try_clone().unwrap()).unwrap();
+        let line = irq.try_clone().unwrap();
+        let line = Box::new(move || line.write(1).unwrap());
+        let transport = MmioTransport::new(device, memory.clone(), line).unwrap();
         Self { transport, memory, irq, queues: Vec::new(), queue_sizes, heap: 0x1000 }
     }
 
