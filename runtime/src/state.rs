@@ -32,6 +32,8 @@ const FILE: &str = "state.json";
 const NEW_FILE: &str = "state.json.new";
 /// An id becomes the name of a directory, and Linux allows 255 bytes for one (NAME_MAX).
 const ID_MAX: usize = 255;
+/// How much of a bad id an error shows, in characters.
+const ID_SHOWN: usize = 80;
 
 /// Where a container is in its life, in the words of the runtime specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,8 +119,8 @@ impl State {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// the id cannot be one
-    #[error("invalid container id: {0}")]
-    Id(String),
+    #[error("invalid container id {id:?}: {reason}")]
+    Id { id: String, reason: String },
     /// the id is taken
     #[error(
         "container {id} exists already in {root}: choose another id, or remove it with `stockade delete {id}`"
@@ -287,11 +289,12 @@ impl AsFd for StateDir {
 
 /// Checks an id before it becomes part of a path.
 pub fn check(id: &str) -> Result<(), Error> {
-    check_id(id).map_err(|e| Error::Id(e.to_string()))?;
-    if id.len() > ID_MAX {
-        return Err(Error::Id(format!("an id has at most {ID_MAX} bytes, this one has {}", id.len())));
-    }
-    Ok(())
+    let reason = match check_id(id) {
+        Err(e) => e.to_string(),
+        Ok(()) if id.len() > ID_MAX => format!("an id has at most {ID_MAX} bytes, this one has {}", id.len()),
+        Ok(()) => return Ok(()),
+    };
+    Err(Error::Id { id: id.chars().take(ID_SHOWN).collect(), reason })
 }
 
 /// Writes a pid file: complete under its name, or not there.
@@ -380,8 +383,8 @@ mod tests {
     fn ids_that_are_no_directory_names_are_refused() {
         let root = tempfile::tempdir().unwrap();
         for id in ["", ".", "..", "a/b", "../x", "a b", &"x".repeat(256), &"x".repeat(2048)] {
-            assert!(matches!(StateDir::create(root.path(), id), Err(Error::Id(_))), "{id}");
-            assert!(matches!(StateDir::open(root.path(), id), Err(Error::Id(_))), "{id}");
+            assert!(matches!(StateDir::create(root.path(), id), Err(Error::Id { .. })), "{id}");
+            assert!(matches!(StateDir::open(root.path(), id), Err(Error::Id { .. })), "{id}");
         }
         StateDir::create(root.path(), &"x".repeat(255)).unwrap();
     }

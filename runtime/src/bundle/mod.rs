@@ -43,16 +43,16 @@ pub enum Error {
     )]
     NoConfig(PathBuf),
     /// config.json cannot be read
-    #[error("cannot read {0}: {1}")]
+    #[error("cannot read {0}: {1}; it must be a file with the runtime configuration")]
     Read(PathBuf, #[source] io::Error),
     /// config.json is not a configuration
-    #[error("{0} is not a valid runtime configuration: {1}")]
-    Parse(PathBuf, #[source] serde_json::Error),
+    #[error("{path} is not a valid runtime configuration, correct it: {field}{error}")]
+    Parse { path: PathBuf, field: String, error: serde_json::Error },
     /// the version of the specification is not ours
     #[error("ociVersion {0:?} is not known: stockade implements version 1 of the runtime specification")]
     Version(String),
     /// a field is missing
-    #[error("{0} is missing in {CONFIG}: {1}")]
+    #[error("{0} is missing in {CONFIG}, add it: {1}")]
     Missing(&'static str, &'static str),
     /// a field has a value that cannot be
     #[error("{field} is {value:?}: {remedy}")]
@@ -98,7 +98,25 @@ pub fn read_spec(bundle: &Path) -> Result<Spec, Error> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::NoConfig(bundle.to_owned())),
         Err(e) => return Err(Error::Read(path, e)),
     };
-    serde_json::from_slice(&text).map_err(|e| Error::Parse(path, e))
+    serde_json::from_slice(&text).map_err(|error| Error::Parse { path, field: failing_field(&text), error })
+}
+
+/// What serde says names the value and the place in the file, but not the field: that is found by reading once
+/// more.
+fn failing_field(text: &[u8]) -> String {
+    let mut deserializer = serde_json::Deserializer::from_slice(text);
+    let Err(error) = serde_path_to_error::deserialize::<_, Spec>(&mut deserializer) else {
+        return String::new();
+    };
+    let path = error.path().to_string();
+    if path == "." {
+        return String::new();
+    }
+    // Devices are known by their path, not by their place in the list.
+    let config: serde_json::Value = serde_json::from_slice(text).unwrap_or_default();
+    let index = path.strip_prefix("linux.devices[").and_then(|rest| rest.split(']').next()?.parse().ok());
+    let device = index.and_then(|index: usize| config["linux"]["devices"][index]["path"].as_str());
+    device.map_or(format!("{path}: "), |device| format!("{path} ({device}): "))
 }
 
 /// `root.path` is absolute or relative to the bundle.
@@ -175,6 +193,22 @@ pub(crate) mod tests {
             fs::write(dir.path().join(CONFIG), text).unwrap();
             let error = Bundle::load(dir.path()).unwrap_err().to_string();
             assert!(error.contains("line") && error.contains("column"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_kind_is_named_with_its_field() {
+        for (changes, parts) in [
+            (json!({"process": {"args": "no list"}}), ["process.args", "line"]),
+            (json!({"process": {"capabilities": {"bounding": ["CAP_FLYING"]}}}), ["CAP_FLYING", "bounding"]),
+            (json!({"linux": {"devices": [{"path": "/dev/x", "type": "q"}]}}), ["/dev/x", "devices[0]"]),
+            (
+                json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_SMILE"}}}),
+                ["SCMP_ACT_SMILE", "seccomp"],
+            ),
+        ] {
+            let error = refused(changes);
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         }
     }
 

@@ -166,7 +166,8 @@ fn check_linux(spec: &Spec) -> Result<(), Error> {
                 }
                 _ => "a namespace of the host cannot be entered from inside a VM; leave the path out",
             };
-            return unsupported(&format!("linux.namespaces[{index}].path"), reason);
+            let name = format!("{:?}", namespace.typ()).to_lowercase();
+            return unsupported(&format!("linux.namespaces[{index}].path ({name})"), reason);
         }
     }
     if let Some(seccomp) = linux.seccomp() {
