@@ -45,8 +45,8 @@ fn is_one_line_with_a_remedy(stderr: &str, about: &str) {
     let words: Vec<String> =
         stderr.split(|c: char| !c.is_alphanumeric()).map(str::to_ascii_lowercase).collect();
     const REMEDIES: &[&str] = &[
-        "add", "ask", "build", "choose", "check", "correct", "delete", "fix", "give", "install", "lower", "make",
-        "must", "name", "pass", "raise", "remove", "run", "set", "use", "with", "write", "has",
+        "add", "ask", "build", "choose", "check", "correct", "delete", "fix", "give", "install", "lower",
+        "make", "must", "name", "pass", "raise", "remove", "run", "set", "use", "with", "write", "has",
     ];
     assert!(words.iter().any(|word| REMEDIES.contains(&word.as_str())), "no remedy: {stderr}");
 }
@@ -68,7 +68,9 @@ fn bundle_without_config() {
 fn broken_config() {
     let runtime = Runtime::under_test();
     let dir = host_scratch();
-    for text in ["", "{", "not json", "[]", "{\"ociVersion\": 1}", "{\"ociVersion\": \"1.0.2\"}", "\u{0}\u{1}"] {
+    for text in
+        ["", "{", "not json", "[]", "{\"ociVersion\": 1}", "{\"ociVersion\": \"1.0.2\"}", "\u{0}\u{1}"]
+    {
         fs::write(dir.path().join("config.json"), text).unwrap();
         refused_for(&runtime, dir.path(), "e2e-bad", "config.json");
     }
@@ -92,7 +94,8 @@ fn ids_that_cannot_be() {
     let runtime = Runtime::under_test();
     let bundle = Bundle::sh("true");
     let long = "x".repeat(2048);
-    for (id, about) in [("a/b", "a/b"), ("..", ".."), (".", "\".\""), ("a b", "a b"), (long.as_str(), "xxx")] {
+    for (id, about) in [("a/b", "a/b"), ("..", ".."), (".", "\".\""), ("a b", "a b"), (long.as_str(), "xxx")]
+    {
         refused_for(&runtime, bundle.save(), id, about);
     }
     for operation in ["state", "start", "delete"] {
@@ -138,14 +141,23 @@ fn sizes_out_of_range() {
     let memory = |bytes: u64| Bundle::sh("true").set("/linux/resources/memory", json!({ "limit": bytes }));
     refused(&memory(MIB), "memory");
     refused(&memory(1 << 50), "memory");
-    let cpus = |quota: u64| Bundle::sh("true").set("/linux/resources/cpu", json!({ "quota": quota, "period": 1000 }));
+    let cpus = |quota: u64| {
+        Bundle::sh("true").set("/linux/resources/cpu", json!({ "quota": quota, "period": 1000 }))
+    };
     refused(&cpus(1_000_000), "cpu");
     refused(&Bundle::sh("true").set("/linux/resources/cpu", json!({ "cpus": "0-999" })), "0-999");
     for (name, value) in [
-        ("vcpus", "0"), ("vcpus", "1000"), ("vcpus", "-1"), ("vcpus", "some"),
-        ("memory", "1M"), ("memory", "1024T"), ("memory", "0"), ("memory", "much"),
+        ("vcpus", "0"),
+        ("vcpus", "1000"),
+        ("vcpus", "-1"),
+        ("vcpus", "some"),
+        ("memory", "1M"),
+        ("memory", "1024T"),
+        ("memory", "0"),
+        ("memory", "much"),
     ] {
-        let annotated = Bundle::sh("true").set("/annotations", json!({ format!("io.stockade.{name}"): value }));
+        let annotated =
+            Bundle::sh("true").set("/annotations", json!({ format!("io.stockade.{name}"): value }));
         refused(&annotated, &format!("io.stockade.{name}"));
         let variable = format!("STOCKADE_{}", name.to_uppercase());
         let runtime = Runtime::under_test().env(&variable, value);
@@ -154,7 +166,10 @@ fn sizes_out_of_range() {
 }
 
 fn fields_that_cannot_be_honoured_are_named() {
-    refused(&Bundle::sh("true").set("/annotations", json!({ "io.stockade.kernel": "/evil" })), "io.stockade.kernel");
+    refused(
+        &Bundle::sh("true").set("/annotations", json!({ "io.stockade.kernel": "/evil" })),
+        "io.stockade.kernel",
+    );
     let namespace = json!({ "type": "pid", "path": "/proc/1/ns/pid" });
     refused(&Bundle::sh("true").without_namespace("pid").push("/linux/namespaces", namespace), "pid");
     let device = json!({ "path": "/dev/x", "type": "q", "major": 1, "minor": 5 });
@@ -162,7 +177,10 @@ fn fields_that_cannot_be_honoured_are_named() {
     refused(&Bundle::sh("true").push("/process/capabilities/bounding", "CAP_FLYING"), "CAP_FLYING");
     let rlimit = json!({ "type": "RLIMIT_WINGS", "soft": 1, "hard": 1 });
     refused(&Bundle::sh("true").push("/process/rlimits", rlimit), "RLIMIT_WINGS");
-    refused(&Bundle::sh("true").set("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_SMILE" })), "SCMP_ACT_SMILE");
+    refused(
+        &Bundle::sh("true").set("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_SMILE" })),
+        "SCMP_ACT_SMILE",
+    );
     refused(&Bundle::sh("true").set("/linux/sysctl", json!({ "kernel.no_such_knob": "1" })), "no_such_knob");
 }
 

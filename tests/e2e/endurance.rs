@@ -43,12 +43,6 @@ impl Held {
     }
 }
 
-/// Kernel objects of the whole host that a leak would pile up: open files.
-fn open_files() -> usize {
-    let text = fs::read_to_string("/proc/sys/fs/file-nr").unwrap();
-    text.split_whitespace().next().unwrap().parse().unwrap()
-}
-
 /// Memory of the host that is neither free nor a cache that could be, in KiB.
 fn memory_in_use() -> usize {
     let text = fs::read_to_string("/proc/meminfo").unwrap();
@@ -68,19 +62,18 @@ fn fifty_runs_in_sequence_leave_nothing() {
     };
     // The first few fill caches and pools of the host's kernel.
     (0..5).for_each(run);
-    let before = (Held::by(&bystander), open_files(), memory_in_use());
+    let before = (Held::by(&bystander), memory_in_use());
     (5..55).for_each(run);
-    let after = (Held::by(&bystander), open_files(), memory_in_use());
+    let after = (Held::by(&bystander), memory_in_use());
 
     assert_eq!(
         (after.0.processes, after.0.threads, after.0.descriptors),
         (before.0.processes, before.0.threads, before.0.descriptors),
         "{before:?} {after:?}"
     );
-    // One file a run would be 50, 200 KiB a run 10 MiB; per-CPU counters and caches are coarser than nothing.
+    // 200 KiB a run would be 10 MiB; the host's own caches are coarser than nothing.
     assert!(after.0.memory <= before.0.memory + 2048, "{before:?} {after:?}");
-    assert!(after.1 <= before.1 + 30, "{before:?} {after:?}");
-    assert!(after.2 <= before.2 + 10 * 1024, "{before:?} {after:?}");
+    assert!(after.1 <= before.1 + 10 * 1024, "{before:?} {after:?}");
     assert_eq!(bystander.exec("echo well").ok(), "well\n");
 }
 
@@ -98,13 +91,18 @@ fn eight_runs_at_once_leave_nothing() {
     }
     for (number, container) in containers.into_iter().enumerate() {
         let text = container.finish().ok();
-        assert!(text == format!("ready\n{expected}word-{number}\n"), "container {number}: {} bytes", text.len());
+        assert!(
+            text == format!("ready\n{expected}word-{number}\n"),
+            "container {number}: {} bytes",
+            text.len()
+        );
     }
 }
 
 fn fifty_execs_leave_nothing_in_the_container() {
     let container = Runtime::under_test().idle();
-    let exec = |number: usize| assert_eq!(container.exec(&format!("echo {number}")).ok(), format!("{number}\n"));
+    let exec =
+        |number: usize| assert_eq!(container.exec(&format!("echo {number}")).ok(), format!("{number}\n"));
     (0..5).for_each(exec);
     let before = Held::by(&container);
     (5..55).for_each(exec);
@@ -115,5 +113,10 @@ fn fifty_execs_leave_nothing_in_the_container() {
     );
     // The guest may touch a few more of its pages; a mebibyte an exec would be a leak.
     assert!(after.memory <= before.memory + 16 * 1024, "{before:?} {after:?}");
-    assert_eq!(container.exec("ls -d /proc/[0-9]* | wc -l; cat /sys/fs/cgroup/pids.current").ok().lines().next(), Some("4"));
+    // The workload and this shell.
+    assert_eq!(
+        container.exec("set -- /proc/[0-9]*; echo $#").ok(),
+        "2
+"
+    );
 }

@@ -26,10 +26,12 @@ fn exit_code_streams_and_stdin_of_an_exec() {
     assert!(copied.stdout == bytes, "{} bytes came back changed", copied.stdout.len());
 
     // It is in the container: same namespaces, same cgroup, and the workload beside it.
-    let text = container.exec("hostname; cat /proc/1/cmdline | tr '\\0' ' '; echo; [ $$ != 1 ] && echo beside").ok();
+    let text =
+        container.exec("hostname; cat /proc/1/cmdline | tr '\\0' ' '; echo; [ $$ != 1 ] && echo beside").ok();
     assert_eq!(text, "e2e\nsleep 100000 \nbeside\n");
     for kind in ["pid", "mnt", "uts", "ipc", "net", "cgroup"] {
-        let same = container.exec(&format!("[ $(readlink /proc/self/ns/{kind}) = $(readlink /proc/1/ns/{kind}) ]"));
+        let same =
+            container.exec(&format!("[ $(readlink /proc/self/ns/{kind}) = $(readlink /proc/1/ns/{kind}) ]"));
         same.code(0);
     }
     assert_eq!(container.status(), "running");

@@ -22,15 +22,25 @@ mod process;
 mod stdio;
 mod tty;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use stockade_tests::lab::{self, Lab};
+
 fn main() -> ExitCode {
+    lab::init_if_booted();
     if let Some(exit) = lifecycle::as_subreaper() {
         return exit;
     }
     let mut arguments = libtest_mimic::Arguments::from_args();
-    if !arguments.list && !stockade_tests::lab::kvm_is_usable() {
-        return stockade_tests::lab::reexec_inside();
+    if !arguments.list && !lab::inside() {
+        let stage = stage();
+        if lab::usable_kvm().is_err() {
+            let mut lab = Lab::default();
+            lab.payload.add(stage, "");
+            lab.env.extend(std::env::vars().filter(|(name, _)| name.starts_with("STOCKADE_E2E_")));
+            return lab.reexec(std::env::args().skip(1));
+        }
     }
     // One VM keeps one CPU of the emulated host busy.
     arguments.test_threads.get_or_insert(2);
@@ -50,4 +60,14 @@ fn main() -> ExitCode {
     ]
     .concat();
     libtest_mimic::run(&arguments, harness::into_trials(&cases)).exit_code()
+}
+
+/// The installation under test, with `bin` and `lib/stockade`: what the stages behind the Makefile name, or what
+/// they have left in this target directory.
+fn stage() -> PathBuf {
+    std::env::var_os("STOCKADE_STAGE").map(PathBuf::from).unwrap_or_else(|| {
+        let this = std::env::current_exe().expect("path of this program");
+        // <target directory>/<target triple>/<profile>/deps/<this>
+        this.ancestors().nth(4).expect("a target directory").join("stage")
+    })
 }

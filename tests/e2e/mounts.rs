@@ -45,7 +45,7 @@ fn read_only_root_cannot_be_written() {
 }
 
 fn writes_to_a_writable_root_reach_the_host() {
-    let bundle = Bundle::sh("mkdir -p /data/sub && echo text > /data/sub/file && chmod 640 /data/sub/file && chown 12:34 /data/sub/file && rm /bin/yes && cat /data/sub/file").writable();
+    let bundle = Bundle::sh("mkdir -p /data/sub && echo text > /data/sub/file && chmod 640 /data/sub/file && chown 12:34 /data/sub/file && rm /bin/yes && cat /data/sub/file").writable().capability("CAP_CHOWN").capability("CAP_DAC_OVERRIDE");
     assert_eq!(Runtime::under_test().run(&bundle).ok(), "text\n");
     let file = bundle.written().join("data/sub/file");
     assert_eq!(fs::read_to_string(&file).unwrap(), "text\n");
@@ -80,12 +80,12 @@ fn masked_and_read_only_paths() {
 
 fn tmpfs_with_options() {
     let script = "
-        grep ' /tmp ' /proc/self/mountinfo | grep -o 'nosuid\\|nodev\\|noexec' | sort | tr '\\n' ' '; echo
-        stat -c %a /tmp; df -k /tmp | awk 'END{print $2}'
-        cp /bin/busybox /tmp/true && { /tmp/true 2>/dev/null || echo \"not executable\"; }
-        dd if=/dev/zero of=/tmp/big bs=1M count=9 2>/dev/null || echo full";
+        grep ' /scratch ' /proc/self/mountinfo | grep -o 'nosuid\\|nodev\\|noexec' | sort | tr '\\n' ' '; echo
+        stat -c %a /scratch; df -k /scratch | awk 'END{print $2}'
+        cp /bin/busybox /scratch/true && { /scratch/true 2>/dev/null || echo \"not executable\"; }
+        dd if=/dev/zero of=/scratch/big bs=1M count=9 2>/dev/null || echo full";
     let options = ["nosuid", "nodev", "noexec", "mode=1750", "size=8m"];
-    let bundle = Bundle::sh(script).mount("/tmp", "tmpfs", "tmpfs", &options);
+    let bundle = Bundle::sh(script).mount("/scratch", "tmpfs", "tmpfs", &options);
     check_lines(&bundle, &["nodev noexec nosuid ", "1750", "8192", "not executable", "full"]);
 }
 
@@ -124,7 +124,16 @@ fn bind_mount_options_hold() {
         .bind(source.path(), "/rw", &[]);
     check_lines(
         &bundle,
-        &["ro: no", "old", "new", "runs", "noexec: no", "ro nodev nosuid ro", "ne noatime noexec rw", "rw rw"],
+        &[
+            "ro: no",
+            "old",
+            "new",
+            "runs",
+            "noexec: no",
+            "ro nodev nosuid ro",
+            "ne noatime noexec rw",
+            "rw rw",
+        ],
     );
 }
 
@@ -135,10 +144,11 @@ fn bind_mounted_file_is_the_hosts_file() {
     fs::write(&readonly, "readonly\n").unwrap();
     fs::write(source.path().join("beside"), "secret\n").unwrap();
     let script = "cat /etc/plain /etc/readonly; echo more >> /etc/plain; echo x 2>/dev/null >> /etc/readonly || echo no; ls /etc/beside 2>/dev/null; cat /etc/plain";
-    let bundle = Bundle::sh(script)
-        .writable()
-        .bind(&plain, "/etc/plain", &[])
-        .bind(&readonly, "/etc/readonly", &["ro"]);
+    let bundle = Bundle::sh(script).writable().bind(&plain, "/etc/plain", &[]).bind(
+        &readonly,
+        "/etc/readonly",
+        &["ro"],
+    );
     check_lines(&bundle, &["plain", "readonly", "no", "plain", "more"]);
     assert_eq!(fs::read_to_string(plain).unwrap(), "plain\nmore\n");
     assert_eq!(fs::read_to_string(readonly).unwrap(), "readonly\n");
@@ -148,9 +158,11 @@ fn mounts_below_a_bind_source_come_along() {
     let source = host_scratch();
     let inner = source.path().join("inner");
     fs::create_dir(&inner).unwrap();
-    nix::mount::mount(Some("tmpfs"), &inner, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
+    nix::mount::mount(Some("tmpfs"), &inner, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)
+        .unwrap();
     fs::write(inner.join("file"), "below\n").unwrap();
-    let bundle = Bundle::sh("cat /mnt/inner/file; echo back > /mnt/inner/back").bind(source.path(), "/mnt", &[]);
+    let bundle =
+        Bundle::sh("cat /mnt/inner/file; echo back > /mnt/inner/back").bind(source.path(), "/mnt", &[]);
     let ended = Runtime::under_test().run(&bundle);
     let back = fs::read_to_string(inner.join("back"));
     // Whoever still held the mount would make this fail with EBUSY.
@@ -184,9 +196,26 @@ fn host_files_behave_like_a_file_system() {
     check_lines(
         &bundle,
         &[
-            "2", "a", "b", "a", "more", "a", "more", "gone", "1073741824", "a\nm", "981173106", "4711",
-            "7:8 711", "through", "xxMIDxx", "10", "away", "c d f l m sparse x ",
-            "cat: no-such: No such file or directory", "moved",
+            "2",
+            "a",
+            "b",
+            "a",
+            "more",
+            "a",
+            "more",
+            "gone",
+            "1073741824",
+            "a\nm",
+            "981173106",
+            "4711",
+            "7:8 711",
+            "through",
+            "xxMIDxx",
+            "10",
+            "away",
+            "c d f l m sparse x ",
+            "cat: no-such: No such file or directory",
+            "moved",
         ]
         .iter()
         .flat_map(|line| line.split('\n'))
@@ -224,8 +253,9 @@ fn device_nodes_are_the_bundles() {
         for node in null zero full random urandom tty extra block; do echo $node $(stat -c '%F %t:%T %a %u:%g' /dev/$node); done
         head -c 3 /dev/zero | wc -c; head -c 9 /dev/urandom | wc -c; head -c 9 /dev/random | wc -c
         echo x > /dev/null; echo x 2>/dev/null > /dev/full || echo full; head -c 2 /dev/extra | wc -c
-        readlink /dev/fd /dev/stdin /dev/ptmx";
+        for link in fd stdin ptmx; do readlink /dev/$link; done";
     let bundle = Bundle::sh(script)
+        .capability("CAP_DAC_OVERRIDE")
         .push("/linux/devices", json!({ "path": "/dev/extra", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 5, "gid": 6 }))
         .push("/linux/devices", json!({ "path": "/dev/block", "type": "b", "major": 7, "minor": 3, "fileMode": 0o600, "uid": 0, "gid": 0 }))
         .push("/linux/resources/devices", json!({ "allow": true, "type": "c", "major": 1, "minor": 5, "access": "rw" }));
@@ -267,9 +297,14 @@ fn device_rules_hold() {
 }
 
 fn sysctls() {
-    let bundle = Bundle::sh("cd /proc/sys; cat kernel/msgmax net/ipv4/ip_unprivileged_port_start fs/mqueue/msg_max")
-        .set("/linux/sysctl", json!({
+    let bundle = Bundle::sh(
+        "cd /proc/sys; cat kernel/msgmax net/ipv4/ip_unprivileged_port_start fs/mqueue/msg_max",
+    )
+    .set(
+        "/linux/sysctl",
+        json!({
             "kernel.msgmax": "4242", "net.ipv4.ip_unprivileged_port_start": "99", "fs.mqueue.msg_max": "17"
-        }));
+        }),
+    );
     check_lines(&bundle, &["4242", "99", "17"]);
 }

@@ -108,7 +108,9 @@ fn hostname() {
 /// Runs a program that shows its capability sets, and gives them in the order Inh, Prm, Eff, Bnd, Amb.
 fn capability_sets(bundle: &Bundle) -> Vec<u64> {
     let text = Runtime::under_test().run(bundle).ok();
-    text.lines().map(|line| u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap()).collect()
+    text.lines()
+        .map(|line| u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap())
+        .collect()
 }
 
 fn capabilities_of_root_are_the_bundles() {

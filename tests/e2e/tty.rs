@@ -11,19 +11,21 @@ pub const CASES: &[Case] = &[
     case!(resize_reaches_the_workload),
     case!(run_takes_over_the_callers_terminal),
     case!(interrupt_key_reaches_the_workload),
-    case!(exec_gets_a_terminal_of_its_own),
+    case!(exec_uses_the_callers_terminal),
+    case!(detached_exec_hands_its_terminal_over),
     case!(console_socket_without_terminal_is_refused),
 ];
 
 /// Says its size now and at each change.
-const SIZES: &str =
-    "trap 'stty size' WINCH; stty size; echo ready; while :; do sleep 1000 & wait $!; done";
+const SIZES: &str = "trap 'stty size' WINCH; stty size; echo ready; while :; do sleep 1000 & wait $!; done";
 
 fn console_socket_gets_a_terminal_of_the_size_asked_for() {
     let runtime = Runtime::under_test();
     let socket = ConsoleSocket::new();
-    let script = "tty; stty size; echo err >&2; stty -echo; echo ready; read line; echo \"got $line\"; exit 3";
-    let bundle = Bundle::sh(script).terminal().set("/process/consoleSize", json!({ "height": 31, "width": 97 }));
+    let script =
+        "tty; stty size; echo err >&2; stty -echo; echo ready; read line; echo \"got $line\"; exit 3";
+    let bundle =
+        Bundle::sh(script).terminal().set("/process/consoleSize", json!({ "height": 31, "width": 97 }));
     let options = ["--console-socket".as_ref(), socket.path().as_os_str()];
     let container = runtime.create_with(&bundle, Stdin::Null, &options);
     let terminal = socket.terminal();
@@ -68,7 +70,7 @@ fn run_on_terminal(bundle: &Bundle, rows: u16, columns: u16) -> (crate::harness:
     let mut command = runtime.run_command(bundle, &id);
     command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
     let program = Program::spawn_raw(command, Stdin::Null);
-    (runtime.adopt(id, program), terminal)
+    (runtime.adopt(bundle, id, program), terminal)
 }
 
 fn run_takes_over_the_callers_terminal() {
@@ -94,24 +96,46 @@ fn interrupt_key_reaches_the_workload() {
     assert_eq!(container.program.exit(), Exit::Code(9));
 }
 
-fn exec_gets_a_terminal_of_its_own() {
+const EXEC: &str = "tty; test -t 0 && test -t 1 && test -t 2 && echo all; stty -echo; echo ready
+    read line; echo \"got $line\"; stty size; exit 6";
+
+fn exec_uses_the_callers_terminal() {
     let container = Runtime::under_test().idle();
-    let socket = ConsoleSocket::new();
-    let path = socket.path().display().to_string();
-    let script = "tty; test -t 0 && test -t 1 && test -t 2 && echo all; echo ready; read line; echo \"got $line\"; exit 6";
-    let mut exec = container.start_exec(&["--tty", "--console-socket", &path], &["sh", "-c", script], Stdin::Null);
-    let terminal = socket.terminal();
-    let tty = terminal.line();
-    assert!(tty.starts_with("/dev/"), "{tty}");
-    terminal.expect_line("all");
-    terminal.expect_line("ready");
-    terminal.write("typed\n");
-    terminal.expect_line("typed");
-    terminal.expect_line("got typed");
+    let (terminal, slave) = Pty::open(19, 71);
+    let mut command =
+        Runtime::under_test().command(["exec", "--tty", container.id.as_str(), "sh", "-c", EXEC]);
+    command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
+    let mut exec = Program::spawn_raw(command, Stdin::Null);
+    talks_on(&terminal);
+    terminal.expect_line("19 71");
     assert_eq!(exec.exit(), Exit::Code(6));
     // The container's own streams have seen nothing of it.
     container.kill("KILL");
     assert_eq!(container.program.stdout.text(), "ready\n");
+}
+
+fn detached_exec_hands_its_terminal_over() {
+    let container = Runtime::under_test().idle();
+    let socket = ConsoleSocket::new();
+    let path = socket.path().display().to_string();
+    let options = ["--detach", "--tty", "--console-socket", &path];
+    let mut exec = container.start_exec(&options, &["sh", "-c", EXEC], Stdin::Null);
+    let terminal = socket.terminal();
+    assert_eq!(exec.exit(), Exit::Code(0), "{}", exec.report());
+    talks_on(&terminal);
+    terminal.ended();
+}
+
+/// Talks with [`EXEC`].
+#[track_caller]
+fn talks_on(terminal: &Pty) {
+    let tty = terminal.line();
+    assert!(tty.starts_with("/dev/"), "{tty}");
+    for line in ["all", "ready"] {
+        terminal.expect_line(line);
+    }
+    terminal.write("typed\n");
+    terminal.expect_line("got typed");
 }
 
 fn console_socket_without_terminal_is_refused() {

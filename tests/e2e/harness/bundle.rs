@@ -2,6 +2,8 @@
 //! the changes a case asks for.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::mount::{MntFlags, MsFlags};
 use serde_json::{Value, json};
@@ -33,12 +35,17 @@ impl Rootfs {
     }
 }
 
-/// A bundle directory. Dropping it removes it.
+/// A bundle directory and what its config.json is to say.
 pub struct Bundle {
-    dir: TempDir,
+    place: Arc<Place>,
     config: Value,
-    /// The root is an overlay of our own, mounted below `dir`.
-    mounted: bool,
+}
+
+/// The directory of a bundle. It goes with the last of those who use it: the case, and the container made from it.
+pub struct Place {
+    dir: TempDir,
+    /// The root is an overlay of our own, mounted on `rootfs` in it.
+    mounted: AtomicBool,
 }
 
 impl Bundle {
@@ -48,7 +55,7 @@ impl Bundle {
         let mut config = base();
         config["root"]["path"] = json!(rootfs.path());
         config["process"]["args"] = json!(args);
-        Self { dir, config, mounted: false }
+        Self { place: Arc::new(Place { dir, mounted: AtomicBool::new(false) }), config }
     }
 
     /// Runs a shell script in busybox.
@@ -69,6 +76,11 @@ impl Bundle {
     /// Waits, as PID 1, until it is killed.
     pub fn idle() -> Self {
         Self::sh("echo ready; exec sleep 100000")
+    }
+
+    /// Runs another shell script.
+    pub fn script(self, script: &str) -> Self {
+        self.set("/process/args", json!(["sh", "-c", script]))
     }
 
     /// Sets the value at a JSON pointer, making the objects on the way.
@@ -132,9 +144,9 @@ impl Bundle {
 
     /// Puts a writable overlay over the root file system, as container engines do. What the container writes is
     /// then found below [`Bundle::written`].
-    pub fn writable(mut self) -> Self {
+    pub fn writable(self) -> Self {
         let lower = self.config["root"]["path"].as_str().expect("a path").to_owned();
-        let [upper, work, merged] = ["upper", "work", "rootfs"].map(|name| self.dir.path().join(name));
+        let [upper, work, merged] = ["upper", "work", "rootfs"].map(|name| self.place.dir.path().join(name));
         for dir in [&upper, &work, &merged] {
             std::fs::create_dir(dir).expect("a directory in the bundle");
         }
@@ -147,24 +159,30 @@ impl Bundle {
             Some(options.as_str()),
         )
         .expect("mount an overlay");
-        self.mounted = true;
+        self.place.mounted.store(true, Ordering::Relaxed);
         self.set("/root", json!({ "path": "rootfs", "readonly": false }))
     }
 
     /// Where changes to a writable root end up on the host.
     pub fn written(&self) -> PathBuf {
-        self.dir.path().join("upper")
+        self.place.dir.path().join("upper")
     }
 
     /// The bundle directory, for files that a case adds.
     pub fn dir(&self) -> &Path {
-        self.dir.path()
+        self.place.dir.path()
+    }
+
+    /// A share in the directory, for who needs it longer than the bundle lives.
+    pub fn place(&self) -> Arc<Place> {
+        Arc::clone(&self.place)
     }
 
     /// Writes config.json and gives the bundle directory.
     pub fn save(&self) -> &Path {
-        std::fs::write(self.dir.path().join("config.json"), self.config.to_string()).expect("write config.json");
-        self.dir.path()
+        std::fs::write(self.place.dir.path().join("config.json"), self.config.to_string())
+            .expect("write config.json");
+        self.place.dir.path()
     }
 
     fn at(&mut self, pointer: &str) -> &mut Value {
@@ -172,9 +190,9 @@ impl Bundle {
     }
 }
 
-impl Drop for Bundle {
+impl Drop for Place {
     fn drop(&mut self) {
-        if self.mounted {
+        if self.mounted.load(Ordering::Relaxed) {
             // A container that a failed case has left behind may still use it.
             let _ = nix::mount::umount2(&self.dir.path().join("rootfs"), MntFlags::MNT_DETACH);
         }

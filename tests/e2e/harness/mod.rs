@@ -6,7 +6,7 @@
 //! case fails with everything known about what hung.
 
 mod bundle;
-mod case;
+mod cases;
 mod leaks;
 mod program;
 mod runtime;
@@ -14,11 +14,10 @@ mod stream;
 mod terminal;
 
 pub use bundle::{Bundle, Rootfs, host_scratch};
-pub use case::{Case, into_trials};
+pub use cases::{Case, into_trials};
 pub use leaks::Traces;
 pub use program::{Ended, Exit, Program, Stdin, wait_gone};
 pub use runtime::{Container, Id, Runtime};
-pub use stream::Stream;
 pub use terminal::{ConsoleSocket, Pty};
 
 use std::time::Duration;

@@ -147,8 +147,8 @@ impl Program {
             .collect();
         let words = words.join(" ");
         let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start `{words}`: {error}"));
-        let stdout = child.stdout.take().map(Stream::reading).unwrap_or_default();
-        let stderr = child.stderr.take().map(Stream::reading).unwrap_or_default();
+        let stdout = child.stdout.take().map_or_else(Stream::closed, Stream::reading);
+        let stderr = child.stderr.take().map_or_else(Stream::closed, Stream::reading);
         let mut input = child.stdin.take();
         if let Stdin::Bytes(bytes) = stdin {
             let mut pipe = input.take().expect("asked for a pipe");
@@ -234,7 +234,10 @@ impl Program {
     pub fn finish(&mut self) -> Ended {
         let exit = self.exit();
         if self.stdout.ended().and_then(|()| self.stderr.ended()).is_err() {
-            panic!("the program has ended with {exit:?} but its output is still held open\n{}", self.report());
+            panic!(
+                "the program has ended with {exit:?} but its output is still held open\n{}",
+                self.report()
+            );
         }
         Ended { exit, stdout: self.stdout.bytes(), stderr: self.stderr.text(), command: self.command.clone() }
     }
@@ -303,5 +306,9 @@ pub fn wait_gone(pid: i32) {
     let fd = i32::try_from(fd).expect("a descriptor");
     // SAFETY: as in `pidfd`.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    assert!(pidfd_wait(&fd, HANG), "hung: process {pid} does not end\n{}", leaks::runtime_processes().join("\n"));
+    assert!(
+        pidfd_wait(&fd, HANG),
+        "hung: process {pid} does not end\n{}",
+        leaks::runtime_processes().join("\n")
+    );
 }

@@ -3,10 +3,12 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::Value;
 
+use super::bundle::Place;
 use super::program::{Ended, Exit, Program, Stdin};
 use super::{Bundle, program};
 
@@ -58,6 +60,15 @@ impl Runtime {
         self.program.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
+    /// Where an installed runtime has its guest files: beside the program's directory.
+    pub fn guest_dir(&self) -> PathBuf {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let found =
+            std::env::split_paths(&path).map(|dir| dir.join(&self.program)).find(|file| file.is_file());
+        let program = found.unwrap_or_else(|| self.program.clone());
+        program.parent().and_then(Path::parent).expect("bin/ and its parent").join("lib/stockade")
+    }
+
     /// With this environment variable.
     pub fn env(mut self, name: &str, value: impl AsRef<Path>) -> Self {
         self.env.push((name.to_owned(), value.as_ref().display().to_string()));
@@ -100,7 +111,13 @@ impl Runtime {
     pub fn start(&self, bundle: &Bundle, stdin: Stdin) -> Container {
         let id = Id::new();
         let command = self.run_command(bundle, &id);
-        Container { program: Program::spawn(command, stdin), runtime: self.clone(), id, ended: false }
+        Container {
+            program: Program::spawn(command, stdin),
+            runtime: self.clone(),
+            id,
+            ended: false,
+            _place: bundle.place(),
+        }
     }
 
     /// The command that runs a bundle under an id.
@@ -111,8 +128,8 @@ impl Runtime {
     }
 
     /// Takes over a `run` that the case has started itself.
-    pub fn adopt(&self, id: Id, program: Program) -> Container {
-        Container { program, runtime: self.clone(), id, ended: false }
+    pub fn adopt(&self, bundle: &Bundle, id: Id, program: Program) -> Container {
+        Container { program, runtime: self.clone(), id, ended: false, _place: bundle.place() }
     }
 
     /// Creates a container and waits for `create` to end, which it must do well. The container's streams are
@@ -129,7 +146,8 @@ impl Runtime {
         let mut command = self.command(["create", "--bundle"]);
         command.arg(bundle.save()).args(options).arg(&id);
         let program = Program::spawn(command, stdin);
-        let mut container = Container { program, runtime: self.clone(), id, ended: false };
+        let mut container =
+            Container { program, runtime: self.clone(), id, ended: false, _place: bundle.place() };
         let exit = container.program.exit();
         assert_eq!(exit, Exit::Code(0), "create failed: {}", container.program.report());
         container
@@ -151,6 +169,7 @@ pub struct Container {
     pub id: Id,
     runtime: Runtime,
     ended: bool,
+    _place: Arc<Place>,
 }
 
 impl Container {
@@ -169,17 +188,16 @@ impl Container {
         self.runtime.call(&[operation, self.id.as_str()])
     }
 
-    /// Calls `<operation> <id> <words>`.
+    /// Calls `<words> <id> <after>`: some command lines take their options only before the id.
     #[track_caller]
-    pub fn op_with(&self, operation: &str, words: &[&str]) -> Ended {
-        let words: Vec<_> = [operation, self.id.as_str()].into_iter().chain(words.iter().copied()).collect();
-        self.runtime.call(&words)
+    pub fn op_with(&self, words: &[&str], after: &[&str]) -> Ended {
+        self.runtime.call(&[words, &[self.id.as_str()], after].concat())
     }
 
     /// Sends a signal to the workload.
     #[track_caller]
     pub fn kill(&self, signal: &str) {
-        self.op_with("kill", &[signal]).code(0);
+        self.op_with(&["kill"], &[signal]).code(0);
     }
 
     /// Begins an exec of a command.

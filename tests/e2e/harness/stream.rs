@@ -49,6 +49,13 @@ impl Stream {
         stream
     }
 
+    /// A stream that nobody writes to.
+    pub fn closed() -> Self {
+        let stream = Self::default();
+        stream.shared.lock().ended = true;
+        stream
+    }
+
     /// Waits until `look` finds something in all that has arrived, at the latest at the end of the stream.
     /// `None` when the stream ended without it; an error with what had arrived when it takes too long.
     pub fn wait_for<T>(&self, mut look: impl FnMut(&[u8]) -> Option<T>) -> Result<Option<T>, Hung> {

@@ -48,7 +48,8 @@ impl Pty {
     /// Changes the window size.
     pub fn resize(&self, rows: u16, columns: u16) {
         // SAFETY: the descriptor is a terminal of ours and the struct is what the request reads.
-        unsafe { set_window_size(self.master.as_raw_fd(), &size(rows, columns)) }.expect("set the window size");
+        unsafe { set_window_size(self.master.as_raw_fd(), &size(rows, columns)) }
+            .expect("set the window size");
     }
 
     /// Waits for the next line.
@@ -109,13 +110,9 @@ impl ConsoleSocket {
         let mut name = [0; 4096];
         let mut control = nix::cmsg_space!([std::os::fd::RawFd; 4]);
         let mut parts = [IoSliceMut::new(&mut name)];
-        let message = recvmsg::<()>(
-            connection.as_raw_fd(),
-            &mut parts,
-            Some(&mut control),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        )
-        .expect("receive from the console socket");
+        let message =
+            recvmsg::<()>(connection.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
+                .expect("receive from the console socket");
         let fds: Vec<OwnedFd> = message
             .cmsgs()
             .expect("control messages")
