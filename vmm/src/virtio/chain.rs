@@ -46,6 +46,7 @@ pub enum ChainError {
 #[derive(Debug)]
 pub struct Chain<'m> {
     head: u16,
+    descriptors: u16,
     /// What the driver wrote for the device.
     pub readable: Buffers<'m>,
     /// Where the device may answer.
@@ -59,14 +60,17 @@ impl<'m> Chain<'m> {
         chain: DescriptorChain<&'m GuestMemory>,
         queue_size: u16,
     ) -> Result<Self, ChainError> {
-        let mut checked =
-            Self { head: chain.head_index(), readable: Buffers::default(), writable: Buffers::default() };
+        let mut checked = Self {
+            head: chain.head_index(),
+            descriptors: 0,
+            readable: Buffers::default(),
+            writable: Buffers::default(),
+        };
         let mut last = false;
-        let mut descriptors = 0;
         let mut bytes = 0;
         for descriptor in chain {
-            descriptors += 1;
-            if descriptors > queue_size {
+            checked.descriptors += 1;
+            if checked.descriptors > queue_size {
                 return Err(ChainError::TooManyDescriptors);
             }
             last = !descriptor.has_next();
@@ -98,6 +102,11 @@ impl<'m> Chain<'m> {
     /// The index that goes into the used ring.
     pub fn head(&self) -> u16 {
         self.head
+    }
+
+    /// How many descriptors it has.
+    pub fn descriptors(&self) -> u16 {
+        self.descriptors
     }
 }
 

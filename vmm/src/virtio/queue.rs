@@ -81,10 +81,15 @@ impl Virtqueue {
 
     /// Raises the interrupt if the driver wants one for the chains returned since the last call.
     pub fn notify(&mut self, memory: &GuestMemory) -> Result<(), RingError> {
-        if self.queue.needs_notification(memory)? {
+        if self.wants_interrupt(memory)? {
             self.interrupt.used();
         }
         Ok(())
+    }
+
+    /// Whether the driver wants an interrupt for the chains returned since the last call.
+    pub fn wants_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, RingError> {
+        Ok(self.queue.needs_notification(memory)?)
     }
 
     /// Asks for a kick when the next chain becomes available. True if there is one already, for which no

@@ -3,6 +3,7 @@
 //! It waits for interrupts, never for time to pass; [`TestLoop::barrier`] is for what must *not* happen.
 
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use vm_memory::{ByteValued, Bytes, GuestAddress};
@@ -285,51 +286,51 @@ pub fn wait_readable(fd: i32) -> bool {
 pub struct TestLoop {
     pub handle: IoHandle,
     thread: Option<JoinHandle<()>>,
+    ping: EventFd,
+    pong: Receiver<()>,
 }
 
-struct Stop(EventFd);
+/// Answers on the loop's thread; ends the loop when nobody listens to the answers.
+struct Ping(EventFd, Sender<()>);
 
-impl Worker for Stop {
+impl Worker for Ping {
     fn fds(&self) -> Vec<(i32, EventSet)> {
         vec![(self.0.as_raw_fd(), EventSet::IN)]
     }
 
     fn ready(&mut self, _fd: i32, _events: EventSet, ctl: &mut Control) {
-        ctl.stop_loop();
+        self.0.read().unwrap();
+        if self.1.send(()).is_err() {
+            ctl.stop_loop();
+        }
     }
-}
-
-/// A worker without descriptors.
-struct Nobody;
-
-impl Worker for Nobody {
-    fn fds(&self) -> Vec<(i32, EventSet)> {
-        Vec::new()
-    }
-
-    fn ready(&mut self, _fd: i32, _events: EventSet, _ctl: &mut Control) {}
 }
 
 impl TestLoop {
     pub fn new() -> Self {
         let io = IoLoop::new().unwrap();
         let handle = io.handle();
-        Self { handle, thread: Some(std::thread::spawn(move || io.run().unwrap())) }
+        let ping = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (sender, pong) = channel();
+        handle.add(Box::new(Ping(ping.try_clone().unwrap(), sender)));
+        Self { handle, thread: Some(std::thread::spawn(move || io.run().unwrap())), ping, pong }
     }
 
     /// Returns when everything that was signalled before has been handled.
     pub fn barrier(&self) {
+        // epoll hands out descriptors in the order in which they became ready, except that one which it has
+        // handed out just before keeps its place: hence twice.
         for _ in 0..2 {
-            self.handle.remove(self.handle.add(Box::new(Nobody)));
+            self.ping.write(1).unwrap();
+            self.pong.recv().unwrap();
         }
     }
 }
 
 impl Drop for TestLoop {
     fn drop(&mut self) {
-        let event = EventFd::new(0).unwrap();
-        event.write(1).unwrap();
-        self.handle.add(Box::new(Stop(event)));
+        self.pong = channel().1;
+        self.ping.write(1).unwrap();
         if let Some(thread) = self.thread.take() {
             thread.join().unwrap();
         }

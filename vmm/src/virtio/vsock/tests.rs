@@ -103,12 +103,11 @@ impl Guest {
             self.driver.memory.write_slice(data, GuestAddress(at)).unwrap();
             bufs.push(Buf::Read(at, data.len() as u32));
         }
-        while self.driver.try_add(TX, &bufs).is_none() {
-            self.driver.wait_used(TX);
-        }
+        while self.driver.used(TX).is_some() {}
+        self.driver.add(TX, &bufs);
         self.driver.kick(TX);
-        // One at a time, so that the buffer can be used again.
-        self.driver.wait_used(TX);
+        // The device has read it then, and the buffer can be used again.
+        self.io.barrier();
     }
 
     fn tx_room(&mut self, len: usize) -> u64 {
@@ -675,9 +674,6 @@ fn packets_without_a_whole_header_or_from_a_foreign_source_are_dropped() {
     }
     guest.driver.add(TX, &[Buf::Write(at, 64)]);
     guest.driver.kick(TX);
-    for _ in 0..4 {
-        assert_eq!(guest.driver.wait_used(TX).1, 0);
-    }
     let header =
         Header { src_cid: 4.into(), dst_cid: 2.into(), op: 1.into(), kind: 1.into(), ..Header::default() };
     guest.send_header(header, &[]);
@@ -737,7 +733,7 @@ fn answers_that_find_no_receive_buffer_are_bounded_and_hold_up_the_transmit_queu
             break;
         }
     }
-    assert_eq!(sent - done, 64, "the transmit queue is not full");
+    assert!(sent > 128, "the test does not fill everything");
     assert!(done <= 64 + 64 + 1, "{done} packets taken");
     // With buffers it goes on to the end.
     guest.refill = true;
@@ -758,7 +754,7 @@ fn receive_buffers_for_no_more_than_a_header_do_no_harm() {
     guest.refill = false;
     // Use up the big buffers.
     peer.host.write_all(&pattern(64 * 4052)).unwrap();
-    while guest.rx.len() > 0 {
+    while !guest.rx.is_empty() {
         if !guest.collect() {
             guest.driver.wait_interrupt();
         }
@@ -878,4 +874,63 @@ fn an_interrupt_of_the_receive_queue_wakes_a_sleeping_driver() {
     peer.host.write_all(b"ping").unwrap();
     assert!(wait_readable(guest.driver.irq.as_raw_fd()));
     assert_eq!(peer.receive_data(&mut guest, 4), b"ping");
+}
+
+#[test]
+fn transmit_buffers_come_back_with_what_is_received_or_when_they_are_many() {
+    let mut guest = Guest::listening();
+    let mut peer = guest.open(1 << 20);
+    guest.collect();
+    while guest.driver.used(TX).is_some() {}
+    while guest.driver.irq.read().is_ok() {}
+    // A few small packets: no interrupt of their own.
+    for _ in 0..4 {
+        peer.send(&mut guest, Op::Rw, 0, b"x");
+    }
+    assert!(guest.driver.irq.read().is_err(), "an interrupt for nothing but sent packets");
+    assert_eq!(guest.driver.used(TX), None);
+    peer.host.write_all(b"y").unwrap();
+    assert_eq!(peer.receive_data(&mut guest, 1), b"y");
+    for _ in 0..4 {
+        guest.driver.used(TX).unwrap();
+    }
+    // Many, or large ones: at once.
+    peer.send(&mut guest, Op::Rw, 0, &[0; 65_536]);
+    guest.driver.used(TX).unwrap();
+    let at = guest.driver.alloc(64);
+    for _ in 0..17 {
+        guest.driver.add(TX, &[Buf::Read(at, 1)]);
+    }
+    guest.driver.kick(TX);
+    for _ in 0..17 {
+        guest.driver.wait_used(TX);
+    }
+}
+
+#[test]
+fn a_guest_that_only_sends_never_runs_out_of_transmit_buffers() {
+    let mut guest = Guest::listening();
+    let peer = guest.open(0);
+    let mut host = peer.host.try_clone().unwrap();
+    std::thread::spawn(move || std::io::copy(&mut host, &mut std::io::sink()));
+    let header = Header {
+        src_cid: CID.into(),
+        dst_cid: 2.into(),
+        src_port: peer.port.into(),
+        dst_port: peer.host_port.into(),
+        len: 17.into(),
+        kind: 1.into(),
+        op: (Op::Rw as u16).into(),
+        ..Header::default()
+    };
+    let at = guest.driver.put(&[header.as_slice(), &[1; 17]].concat());
+    let mut bufs = vec![Buf::Read(at, HEADER_SIZE as u32)];
+    // As many descriptors as a packet of Linux can have.
+    bufs.extend((0..17).map(|i| Buf::Read(at + HEADER_SIZE as u64 + i, 1)));
+    for _ in 0..200 {
+        while guest.driver.try_add(TX, &bufs).is_none() {
+            guest.driver.wait_used(TX);
+        }
+        guest.driver.kick(TX);
+    }
 }
