@@ -38,6 +38,13 @@ const MAX_DIRECTORY_REPLY: u32 = 1 << 20;
 /// Largest value or list of extended attributes, in bytes (XATTR_SIZE_MAX, XATTR_LIST_MAX in Linux).
 const MAX_XATTR: u32 = 64 << 10;
 
+/// The two entries that every directory begins with, which the passthrough leaves out, and the offsets at which
+/// the guest goes on behind each of them: values that no file system uses for its own.
+const DOTS: [(&[u8], u64); 2] = [(b".", 1 << 62 | 0x5d07), (b"..", 1 << 62 | 0x5d08)];
+
+/// What FUSE says for the inode number of an entry that it does not know (FUSE_UNKNOWN_INO in libfuse).
+const UNKNOWN_INODE_NUMBER: u64 = 0xffff_ffff;
+
 type Inode = u64;
 type Handle = u64;
 
@@ -65,7 +72,6 @@ impl Share {
             ..Config::default()
         };
         let inner = PassthroughFs::new(config)?;
-        inner.import()?;
         let handles = AtomicUsize::new(0);
         Ok(Self { inner, handles, max_handles: limits.handles, nodes: Nodes::new(limits.inodes) })
     }
@@ -414,7 +420,12 @@ impl FileSystem for Share {
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        self.inner.readdir(ctx, inode, handle, size.min(MAX_DIRECTORY_REPLY), offset, add_entry)
+        match add_dots(offset, add_entry)? {
+            None => Ok(()),
+            Some(offset) => {
+                self.inner.readdir(ctx, inode, handle, size.min(MAX_DIRECTORY_REPLY), offset, add_entry)
+            }
+        }
     }
 
     fn readdirplus(
@@ -426,6 +437,9 @@ impl FileSystem for Share {
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
+        let Some(offset) = add_dots(offset, &mut |dot| add_entry(dot, Entry::default()))? else {
+            return Ok(());
+        };
         let mut add = |name: DirEntry, entry: Entry| {
             let node = entry.inode;
             if self.nodes.learn(node) {
@@ -467,6 +481,26 @@ impl FileSystem for Share {
     ) -> io::Result<u64> {
         self.inner.lseek(ctx, inode, handle, offset, whence)
     }
+}
+
+/// Begins a listing with the entries for the directory itself and its parent, if `offset` is there. Returns
+/// the offset at which the host's entries go on, or nothing if the reply is full.
+fn add_dots(
+    offset: u64,
+    add_entry: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
+) -> io::Result<Option<u64>> {
+    let start = match DOTS.iter().position(|(_, behind)| *behind == offset) {
+        Some(index) => index + 1,
+        None if offset == 0 => 0,
+        None => return Ok(Some(offset)),
+    };
+    for (name, behind) in DOTS.into_iter().skip(start) {
+        let type_ = u32::from(libc::DT_DIR);
+        if add_entry(DirEntry { ino: UNKNOWN_INODE_NUMBER, offset: behind, type_, name })? == 0 {
+            return Ok(None);
+        }
+    }
+    Ok(Some(0))
 }
 
 /// The names of a list that [`check_xattr`] lets through.

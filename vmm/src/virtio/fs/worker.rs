@@ -8,7 +8,8 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use fuse_backend_rs::api::server::Server;
+use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
+use fuse_backend_rs::api::server::{MetricsHook, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -120,6 +121,17 @@ impl FsServer {
     }
 }
 
+/// Tells the log of every request: what a workload costs in round trips.
+struct Trace;
+
+impl MetricsHook for Trace {
+    fn collect(&self, header: &InHeader) {
+        tracing::trace!(request = ?Opcode::from(header.opcode), node = header.nodeid, "FUSE");
+    }
+
+    fn release(&self, _header: Option<&OutHeader>) {}
+}
+
 /// Handles one request; returns the length of the reply. What cannot be parsed gets no reply.
 fn request(
     server: &Server<Share>,
@@ -129,12 +141,12 @@ fn request(
     let reader = Reader::from_descriptor_chain(memory, chain.clone());
     let writer = VirtioFsWriter::new(memory, chain);
     match (reader, writer) {
-        (Ok(reader), Ok(writer)) => {
-            server.handle_message(reader, Writer::VirtioFs(writer), None, None).unwrap_or_else(|error| {
+        (Ok(reader), Ok(writer)) => server
+            .handle_message(reader, Writer::VirtioFs(writer), None, Some(&Trace))
+            .unwrap_or_else(|error| {
                 tracing::debug!(%error, "malformed FUSE request");
                 0
-            })
-        }
+            }),
         _ => 0,
     }
 }
