@@ -35,6 +35,7 @@ mod link;
 mod machine;
 mod payload;
 mod session;
+mod static_keys;
 mod steps;
 mod terminal;
 
