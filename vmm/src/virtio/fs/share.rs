@@ -133,6 +133,14 @@ pub fn keep_capabilities() {
     }
 }
 
+/// FOPEN_NOFLUSH: no FLUSH request when the file is closed. Nothing of a file that is only read could be
+/// flushed, and every request saved is two thread switches and half a dozen VM exits.
+fn no_flush() -> OpenOptions {
+    const FOPEN_NOFLUSH: u32 = 1 << 5;
+    // SAFETY: the crate does not know the flag; it only copies the bits into the reply.
+    unsafe { OpenOptions::from_bits_unchecked(FOPEN_NOFLUSH) }
+}
+
 fn fail<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
 }
@@ -295,9 +303,13 @@ impl FileSystem for Share {
         fuse_flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions, Option<u32>)> {
         self.may_open()?;
-        let (handle, options, backing) = self.inner.open(ctx, inode, flags, fuse_flags)?;
+        let (handle, mut options, backing) = self.inner.open(ctx, inode, flags, fuse_flags)?;
         self.opened();
-        Ok((handle, options | self.cache_options(ctx, inode, handle), backing))
+        options |= self.cache_options(ctx, inode, handle);
+        if flags as i32 & libc::O_ACCMODE == libc::O_RDONLY {
+            options |= no_flush();
+        }
+        Ok((handle, options, backing))
     }
 
     fn create(
