@@ -33,6 +33,8 @@ pub enum Record {
     CommandNotFound(String),
     /// The command cannot be executed.
     CommandNotExecutable(String),
+    /// What is behind a failure that will be reported.
+    Detail(String),
     /// Something else failed.
     Failed(String),
 }
@@ -43,6 +45,7 @@ impl Record {
             Record::Done(pid) => (b'D', pid.map(|p| p.to_string()).unwrap_or_default()),
             Record::CommandNotFound(text) => (b'N', text.clone()),
             Record::CommandNotExecutable(text) => (b'X', text.clone()),
+            Record::Detail(text) => (b'd', text.clone()),
             Record::Failed(text) => (b'F', text.clone()),
         };
         let mut text = text.into_bytes();
@@ -63,6 +66,7 @@ impl Record {
             b'D' => Record::Done(text.parse().ok().map(Pid::from_raw)),
             b'N' => Record::CommandNotFound(text),
             b'X' => Record::CommandNotExecutable(text),
+            b'd' => Record::Detail(text),
             _ => Record::Failed(text),
         })
     }
@@ -73,7 +77,7 @@ impl Record {
             Record::Done(pid) => Ok(pid),
             Record::CommandNotFound(text) => Err(Error::CommandNotFound(text)),
             Record::CommandNotExecutable(text) => Err(Error::CommandNotExecutable(text)),
-            Record::Failed(text) => Err(Error::Internal(text)),
+            Record::Detail(text) | Record::Failed(text) => Err(Error::Internal(text)),
         }
     }
 }
@@ -95,14 +99,22 @@ impl Reporter {
 pub struct Reports {
     pipe: Descriptor,
     buf: Vec<u8>,
+    detail: Option<String>,
 }
 
 impl Reports {
-    /// The next record, `None` at end of file.
+    /// The next record, `None` at end of file. A detail is not returned but takes the place of the failure's text,
+    /// which only says which step it was that failed.
     pub async fn next(&mut self) -> io::Result<Option<Record>> {
         loop {
-            if let Some(record) = Record::decode(&mut self.buf) {
-                return Ok(Some(record));
+            match (Record::decode(&mut self.buf), self.detail.take()) {
+                (Some(Record::Detail(text)), earlier) => {
+                    self.detail = earlier.or(Some(text));
+                    continue;
+                }
+                (Some(Record::Failed(_)), Some(text)) => return Ok(Some(Record::Failed(text))),
+                (Some(record), _) => return Ok(Some(record)),
+                (None, detail) => self.detail = detail,
             }
             let mut chunk = [0; 512];
             match self.pipe.read(&mut chunk).await? {
@@ -133,7 +145,7 @@ impl Helper {
             ForkResult::Parent { .. } => {}
         }
         let pipe = Descriptor::from_blocking(read).map_err(|e| Error::os("watching a pipe", e))?;
-        Ok(Self { reports: Reports { pipe, buf: Vec::new() }, _at_work: at_work })
+        Ok(Self { reports: Reports { pipe, buf: Vec::new(), detail: None }, _at_work: at_work })
     }
 
     /// The process it named is registered: goes on with only the pipe.
@@ -141,19 +153,25 @@ impl Helper {
         self.reports
     }
 
-    /// Waits for the first record: what the helper made, or why it could not.
+    /// Waits for the first record: what the helper made, or why it could not. A failure is returned only when the
+    /// helper and what it made have ended: libcontainer is still clearing up when the first word of it comes.
     pub async fn outcome(&mut self) -> Result<Option<Pid>, Error> {
-        match self.reports.next().await {
+        let outcome = match self.reports.next().await {
             Ok(Some(record)) => record.into_result(),
             Ok(None) => Err(Error::Internal("the helper process ended without a word".into())),
             Err(e) => Err(Error::os("reading a helper's report", e)),
+        };
+        if outcome.is_err() {
+            while let Ok(Some(_)) = self.reports.next().await {}
         }
+        outcome
     }
 }
 
 /// The helper's life. It ends without destructors: what they would close or deregister is shared with the agent.
 fn run<W: FnOnce(Reporter) -> Record>(write: OwnedFd, work: W) -> ! {
     let reporter = Reporter(write.as_raw_fd());
+    crate::log::first_error_to(reporter);
     let record = catch_unwind(AssertUnwindSafe(|| work(reporter)))
         .unwrap_or_else(|_| Record::Failed("the helper process panicked; the guest's log says where".into()));
     reporter.send(&record);
@@ -171,7 +189,8 @@ mod tests {
             Record::Done(Some(Pid::from_raw(4711))),
             Record::CommandNotFound("exec: \"nope\": not found".into()),
             Record::CommandNotExecutable(String::new()),
-            Record::Failed("mount: permission denied".into()),
+            Record::Detail("mount: permission denied".into()),
+            Record::Failed("preparing the root".into()),
             Record::Done(None),
         ];
         let bytes: Vec<u8> = sent.iter().flat_map(Record::encode).collect();

@@ -5,16 +5,21 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::helper::{self, Reporter};
+
 /// Longest record the kernel takes is 1024 bytes with its own prefix; longer ones are refused whole.
 const RECORD_MAX: usize = 976;
+/// LOG_ERR of syslog(2).
+const PRIORITY_ERROR: u8 = 3;
 
 static KMSG: OnceLock<File> = OnceLock::new();
+static FIRST_ERROR_TO: Mutex<Option<Reporter>> = Mutex::new(None);
 
 fn kmsg() -> Option<&'static File> {
     if let Some(file) = KMSG.get() {
@@ -29,7 +34,9 @@ pub fn start(level: LevelFilter) {
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_ansi(false)
-        .without_time() // The kernel stamps each record.
+        .without_time() // The kernel stamps each record, and its priority is the level.
+        .with_level(false)
+        .with_target(false)
         .with_writer(Kmsg)
         .init();
 }
@@ -37,6 +44,14 @@ pub fn start(level: LevelFilter) {
 /// Writes a message that the host will see whatever the console's log level is.
 pub fn fatal(message: &str) {
     record(0, message.as_bytes());
+}
+
+/// In a helper process: the first error that is logged, which is the one nearest to the cause, also goes to the
+/// agent. libcontainer's error values say less than what it logs.
+pub fn first_error_to(reporter: Reporter) {
+    if let Ok(mut slot) = FIRST_ERROR_TO.lock() {
+        *slot = Some(reporter);
+    }
 }
 
 /// A panic ends PID 1 and with it the VM: the kernel's log is the only place to say why.
@@ -67,7 +82,7 @@ impl<'a> MakeWriter<'a> for Kmsg {
 
     fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> Record {
         Record(match *metadata.level() {
-            Level::ERROR => 3,
+            Level::ERROR => PRIORITY_ERROR,
             Level::WARN => 4,
             Level::INFO => 6,
             Level::DEBUG | Level::TRACE => 7,
@@ -77,6 +92,12 @@ impl<'a> MakeWriter<'a> for Kmsg {
 
 impl Write for Record {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        if self.0 == PRIORITY_ERROR {
+            if let Some(reporter) = FIRST_ERROR_TO.lock().ok().and_then(|mut slot| slot.take()) {
+                let text = String::from_utf8_lossy(buf.trim_ascii()).into_owned();
+                reporter.send(&helper::Record::Detail(text));
+            }
+        }
         record(self.0, buf);
         Ok(buf.len())
     }

@@ -1,12 +1,404 @@
 //! `linux.resources.devices` as a BPF program on the cgroup, which is how cgroup v2 decides about device nodes.
+//!
+//! The rules are a list in cgroup v1's manner, each changing what the ones before it left. They are folded into what
+//! they come to, and that is written out as instructions: a few compares for each device, then the default.
 
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::LinuxDeviceCgroup;
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use crate::error::Error;
 
+/// Access to a device, as in `linux/bpf.h`.
+const MKNOD: u32 = 1;
+const READ: u32 = 2;
+const WRITE: u32 = 4;
+const ALL: u32 = MKNOD | READ | WRITE;
+
+/// Kind of a device, as in `linux/bpf.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Block = 1,
+    Char = 2,
+}
+
+/// Some devices; `None` is every number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Devices {
+    kind: Kind,
+    major: Option<u32>,
+    minor: Option<u32>,
+}
+
+impl Devices {
+    const fn char(major: u32, minor: Option<u32>) -> Self {
+        Self { kind: Kind::Char, major: Some(major), minor }
+    }
+
+    fn contains(&self, other: &Devices) -> bool {
+        let covers = |mine: Option<u32>, other| mine.is_none() || mine == other;
+        self.kind == other.kind && covers(self.major, other.major) && covers(self.minor, other.minor)
+    }
+
+    fn overlaps(&self, other: &Devices) -> bool {
+        let meet = |a: Option<u32>, b: Option<u32>| a.is_none() || b.is_none() || a == b;
+        self.kind == other.kind && meet(self.major, other.major) && meet(self.minor, other.minor)
+    }
+}
+
+/// What every container may use, as under runc: making any node, and the devices that are in every /dev.
+const ALWAYS: [(Devices, u32); 11] = [
+    (Devices { kind: Kind::Char, major: None, minor: None }, MKNOD),
+    (Devices { kind: Kind::Block, major: None, minor: None }, MKNOD),
+    (Devices::char(1, Some(3)), ALL), // null
+    (Devices::char(1, Some(5)), ALL), // zero
+    (Devices::char(1, Some(7)), ALL), // full
+    (Devices::char(1, Some(8)), ALL), // random
+    (Devices::char(1, Some(9)), ALL), // urandom
+    (Devices::char(5, Some(0)), ALL), // tty
+    (Devices::char(5, Some(1)), ALL), // console
+    (Devices::char(5, Some(2)), ALL), // ptmx
+    (Devices::char(136, None), ALL),  // pts/*
+];
+
+/// What a list of rules comes to.
+#[derive(Debug, PartialEq, Eq)]
+struct Policy {
+    /// What is done with a device that is not among the exceptions.
+    allow: bool,
+    /// Devices and the accesses for which the opposite is done.
+    exceptions: Vec<(Devices, u32)>,
+}
+
+impl Policy {
+    /// Without a word about devices, only those of [`ALWAYS`] are allowed.
+    fn of(rules: &[LinuxDeviceCgroup]) -> Result<Self, Error> {
+        let mut policy = Policy { allow: false, exceptions: Vec::new() };
+        for rule in rules {
+            let Some(kind) = kind_of(rule)? else {
+                policy = Policy { allow: rule.allow(), exceptions: Vec::new() };
+                continue;
+            };
+            let devices = Devices { kind, major: number(rule.major())?, minor: number(rule.minor())? };
+            policy.change(rule.allow(), devices, access(rule.access().as_deref().unwrap_or_default())?)?;
+        }
+        if !policy.allow {
+            for (devices, access) in ALWAYS {
+                policy.change(true, devices, access)?;
+            }
+        }
+        Ok(policy)
+    }
+
+    fn change(&mut self, allow: bool, devices: Devices, access: u32) -> Result<(), Error> {
+        if allow != self.allow {
+            match self.exceptions.iter_mut().find(|(d, _)| *d == devices) {
+                Some((_, excepted)) => *excepted |= access,
+                None => self.exceptions.push((devices, access)),
+            }
+            return Ok(());
+        }
+        for (excepted, accesses) in &mut self.exceptions {
+            if devices.contains(excepted) {
+                *accesses &= !access;
+            } else if devices.overlaps(excepted) && *accesses & access != 0 {
+                return Err(Error::Invalid(
+                    "linux.resources.devices: a rule takes a part out of a wider rule before it, which cannot be \
+                     honoured; list the devices one by one"
+                        .into(),
+                ));
+            }
+        }
+        self.exceptions.retain(|(_, accesses)| *accesses != 0);
+        Ok(())
+    }
+
+    /// The program: returns 1 to allow. Its context is `struct bpf_cgroup_dev_ctx`: access and kind in one word, major,
+    /// minor.
+    ///
+    /// With a default of "deny" the accesses that exceptions allow are collected, and one that asks for no more is
+    /// allowed: rules for the same device add up. With "allow" any access that an exception denies is denied.
+    fn program(&self) -> Vec<Instruction> {
+        use Instruction as I;
+        // r2 = kind, r3 = access asked for, r4 = major, r5 = minor, r6 = accesses still to be settled.
+        let mut program = vec![
+            I::load_word(2, 0),
+            I::mov_reg(3, 2),
+            I::and_imm(2, 0xffff),
+            I::shift_right(3, 16),
+            I::load_word(4, 4),
+            I::load_word(5, 8),
+            I::mov_reg(6, 3),
+        ];
+        for (devices, access) in &self.exceptions {
+            let mut body = Vec::new();
+            if self.allow {
+                body.extend([I::mov_reg(7, 3), I::and_imm(7, *access), I::jump_if_equal(7, 0, 2)]);
+                body.extend([I::mov_imm(0, 0), I::exit()]);
+            } else {
+                body.push(I::and_imm(6, !access & ALL));
+            }
+            let mut compares = Vec::new();
+            compares.push((2, devices.kind as u32));
+            compares.extend(devices.major.map(|major| (4, major)));
+            compares.extend(devices.minor.map(|minor| (5, minor)));
+            for (done, (register, value)) in compares.iter().enumerate() {
+                let skip = (compares.len() - done - 1) + body.len();
+                program.push(I::jump_if_not_equal(*register, *value, skip as i16));
+            }
+            program.append(&mut body);
+        }
+        if self.allow {
+            program.extend([I::mov_imm(0, 1), I::exit()]);
+        } else {
+            program.extend([I::mov_imm(0, 1), I::jump_if_equal(6, 0, 1), I::mov_imm(0, 0), I::exit()]);
+        }
+        program
+    }
+}
+
+fn kind_of(rule: &LinuxDeviceCgroup) -> Result<Option<Kind>, Error> {
+    match rule.typ() {
+        None | Some(LinuxDeviceType::A) => Ok(None),
+        Some(LinuxDeviceType::B) => Ok(Some(Kind::Block)),
+        Some(LinuxDeviceType::C | LinuxDeviceType::U) => Ok(Some(Kind::Char)),
+        Some(LinuxDeviceType::P) => {
+            Err(Error::Invalid("linux.resources.devices: a fifo is no device".into()))
+        }
+    }
+}
+
+/// -1 and an absent number are every number.
+fn number(number: Option<i64>) -> Result<Option<u32>, Error> {
+    match number {
+        None | Some(-1) => Ok(None),
+        Some(n) => n
+            .try_into()
+            .map(Some)
+            .map_err(|_| Error::Invalid(format!("linux.resources.devices: {n} is no device number"))),
+    }
+}
+
+fn access(letters: &str) -> Result<u32, Error> {
+    letters.chars().try_fold(0, |access, letter| match letter {
+        'r' => Ok(access | READ),
+        'w' => Ok(access | WRITE),
+        'm' => Ok(access | MKNOD),
+        other => Err(Error::Invalid(format!(
+            "linux.resources.devices: {other:?} is no access, only r, w and m are"
+        ))),
+    })
+}
+
+/// `struct bpf_insn` (Documentation/bpf/standardization/instruction-set.rst).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+struct Instruction {
+    code: u8,
+    registers: u8,
+    offset: i16,
+    immediate: i32,
+}
+
+impl Instruction {
+    const fn new(code: u8, to: u8, from: u8, offset: i16, immediate: u32) -> Self {
+        Self { code, registers: to | from << 4, offset, immediate: immediate as i32 }
+    }
+
+    /// to = 32-bit word at the context (r1) + offset.
+    const fn load_word(to: u8, offset: i16) -> Self {
+        Self::new(0x61, to, 1, offset, 0)
+    }
+
+    const fn mov_reg(to: u8, from: u8) -> Self {
+        Self::new(0xbc, to, from, 0, 0)
+    }
+
+    const fn mov_imm(to: u8, value: u32) -> Self {
+        Self::new(0xb4, to, 0, 0, value)
+    }
+
+    const fn and_imm(to: u8, value: u32) -> Self {
+        Self::new(0x54, to, 0, 0, value)
+    }
+
+    const fn shift_right(to: u8, by: u32) -> Self {
+        Self::new(0x74, to, 0, 0, by)
+    }
+
+    const fn jump_if_equal(register: u8, value: u32, by: i16) -> Self {
+        Self::new(0x16, register, 0, by, value)
+    }
+
+    const fn jump_if_not_equal(register: u8, value: u32, by: i16) -> Self {
+        Self::new(0x56, register, 0, by, value)
+    }
+
+    const fn exit() -> Self {
+        Self::new(0x95, 0, 0, 0, 0)
+    }
+}
+
 /// Lets the processes of a cgroup open and make only what `rules` allow.
-pub fn restrict(_cgroup: &Path, _rules: &[LinuxDeviceCgroup]) -> Result<(), Error> {
-    Ok(())
+pub fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(), Error> {
+    let policy = Policy::of(rules)?;
+    let failed = |e| Error::os("applying linux.resources.devices", e);
+    let program = load(&policy.program()).map_err(failed)?;
+    let cgroup = File::open(cgroup).map_err(failed)?;
+    attach(&cgroup, &program).map_err(failed)
+}
+
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+
+/// The beginning of `union bpf_attr` for BPF_PROG_LOAD.
+#[repr(C)]
+struct LoadAttributes {
+    program_type: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+}
+
+/// The beginning of `union bpf_attr` for BPF_PROG_ATTACH.
+#[repr(C)]
+struct AttachAttributes {
+    target_fd: u32,
+    program_fd: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
+    let attributes = LoadAttributes {
+        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        instruction_count: program.len() as u32,
+        instructions: program.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+    };
+    let fd = loop {
+        // SAFETY: the kernel reads the attributes and what they point to, all of which outlive the call.
+        let fd =
+            unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &attributes, size_of::<LoadAttributes>()) };
+        if fd >= 0 {
+            break fd;
+        }
+        // The verifier gives up when a signal is pending, here SIGCHLD, which has been handled by now.
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::WouldBlock {
+            return Err(e);
+        }
+    };
+    // SAFETY: the kernel just returned this descriptor; nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Without flags an attached program takes the place of the one before it.
+fn attach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
+    let attributes = AttachAttributes {
+        target_fd: cgroup.as_raw_fd() as u32,
+        program_fd: program.as_raw_fd() as u32,
+        attach_type: BPF_CGROUP_DEVICE,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads the attributes, which outlive the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &attributes, size_of::<AttachAttributes>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy(json: &str) -> Result<Policy, String> {
+        let rules: Vec<LinuxDeviceCgroup> = serde_json::from_str(json).unwrap();
+        Policy::of(&rules).map_err(|e| e.to_string())
+    }
+
+    /// Runs a program as the kernel would.
+    fn allows(policy: &Policy, kind: Kind, access: u32, major: u32, minor: u32) -> bool {
+        let context = [access << 16 | kind as u32, major, minor];
+        let program = policy.program();
+        let mut registers = [0u32; 10];
+        let mut at = 0usize;
+        for _ in 0..10_000 {
+            let i = program[at];
+            let (to, from) = (usize::from(i.registers & 15), usize::from(i.registers >> 4));
+            let immediate = i.immediate as u32;
+            at += 1;
+            match i.code {
+                0x61 => registers[to] = context[i.offset as usize / 4],
+                0xbc => registers[to] = registers[from],
+                0xb4 => registers[to] = immediate,
+                0x54 => registers[to] &= immediate,
+                0x74 => registers[to] >>= immediate,
+                0x16 if registers[to] == immediate => at += i.offset as usize,
+                0x56 if registers[to] != immediate => at += i.offset as usize,
+                0x16 | 0x56 => {}
+                0x95 => return registers[0] == 1,
+                other => panic!("instruction {other:#x}"),
+            }
+        }
+        panic!("does not end");
+    }
+
+    #[test]
+    fn without_a_rule_only_the_usual_devices_are_there() {
+        let policy = policy("[]").unwrap();
+        assert!(allows(&policy, Kind::Char, READ | WRITE, 1, 3));
+        assert!(allows(&policy, Kind::Char, READ | WRITE, 136, 42));
+        assert!(allows(&policy, Kind::Block, MKNOD, 254, 0));
+        assert!(!allows(&policy, Kind::Block, READ, 254, 0));
+        assert!(!allows(&policy, Kind::Block, READ | MKNOD, 254, 0));
+        assert!(!allows(&policy, Kind::Char, READ, 1, 11));
+        assert!(!allows(&policy, Kind::Block, READ, 1, 3));
+    }
+
+    #[test]
+    fn rules_change_what_the_ones_before_them_left() {
+        let policy = policy(
+            r#"[{"allow":false,"access":"rwm"},{"allow":true,"type":"b","major":8,"minor":1,"access":"r"},
+                {"allow":true,"type":"b","major":8,"minor":1,"access":"w"},
+                {"allow":true,"type":"c","major":10,"access":"rwm"},
+                {"allow":true,"type":"c","major":7,"minor":7,"access":"rw"},
+                {"allow":false,"type":"c","major":7,"minor":7,"access":"w"}]"#,
+        )
+        .unwrap();
+        assert!(allows(&policy, Kind::Block, READ | WRITE, 8, 1));
+        assert!(!allows(&policy, Kind::Block, READ | WRITE, 8, 2));
+        assert!(allows(&policy, Kind::Char, READ, 10, 229));
+        assert!(allows(&policy, Kind::Char, READ, 7, 7));
+        assert!(!allows(&policy, Kind::Char, READ | WRITE, 7, 7));
+    }
+
+    #[test]
+    fn everything_may_be_allowed_but_some() {
+        let policy =
+            policy(r#"[{"allow":true,"type":"a","access":"rwm"},{"allow":false,"type":"b","major":254,"access":"w"}]"#)
+                .unwrap();
+        assert!(allows(&policy, Kind::Char, READ | WRITE | MKNOD, 99, 99));
+        assert!(allows(&policy, Kind::Block, READ, 254, 3));
+        assert!(!allows(&policy, Kind::Block, READ | WRITE, 254, 3));
+    }
+
+    #[test]
+    fn what_cannot_be_expressed_is_refused() {
+        let carved = r#"[{"allow":true,"type":"c","major":10,"access":"rw"},
+                         {"allow":false,"type":"c","major":10,"minor":1,"access":"r"}]"#;
+        assert!(policy(carved).is_err_and(|e| e.contains("linux.resources.devices")));
+        assert!(policy(r#"[{"allow":true,"type":"c","major":-7,"access":"rw"}]"#).is_err());
+        assert!(policy(r#"[{"allow":true,"type":"c","major":1,"access":"x"}]"#).is_err());
+    }
 }

@@ -1,0 +1,19 @@
+//! Tests of the agent in a real guest, without a VMM of ours.
+//!
+//! `cargo test` starts this program on the host. It packs itself, the agent and a busybox into an initrd and boots it
+//! under QEMU's emulator. There the kernel starts it again, now as PID 1: it forks, turns PID 1 into the agent, and
+//! the child talks to the agent over vsock's loopback and reports through the kernel's log.
+//!
+//! It needs the guest kernel as a bzImage, named by STOCKADE_TEST_BZIMAGE, and is skipped without.
+
+mod cases;
+mod guest;
+mod host;
+
+fn main() {
+    if std::process::id() == 1 {
+        guest::main();
+    } else {
+        host::main();
+    }
+}
