@@ -114,7 +114,7 @@ pub enum StopReason {
 pub struct Timeline {
     /// The VMM's entry function was called.
     pub entered_ns: u64,
-    /// The VM, its memory and its interrupt controllers exist.
+    /// The VM and its interrupt controllers exist; `Boot` is waited for.
     pub vm_created_ns: u64,
     /// Kernel and initrd are in guest memory.
     pub kernel_loaded_ns: u64,

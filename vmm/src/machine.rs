@@ -25,7 +25,7 @@ use crate::kernel;
 use crate::memory::{self, GuestMemory};
 use crate::serial::Console;
 use crate::slots::Slot;
-use crate::vcpu::cpuid::{self, Topology};
+use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{Vcpus, registers};
 use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportError};
 use crate::virtio::vsock::{Dialer, Refusal};
@@ -141,7 +141,7 @@ impl Shell {
     pub fn create() -> Result<Self, Error> {
         let kvm_device = host::open_kvm()?;
         let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
-        if host_is_intel() {
+        if cpuid::host_is_intel() {
             vm.set_tss_address(TSS_ADDRESS).map_err(kvm("set the TSS address"))?;
         }
         // Local APICs only, with no pins of an I/O APIC among KVM's interrupt routes: see `io_apic`.
@@ -252,7 +252,8 @@ pub fn create_vcpus(kvm_device: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd
     let supported =
         kvm_device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell what CPUID it supports"))?;
     let tsc_khz = vcpus.first().and_then(|vcpu| vcpu.get_tsc_khz().ok());
-    let mut entries = cpuid::prepare(supported.as_slice(), Topology { vcpus: count, tsc_khz });
+    let processor = Processor { vcpus: count, tsc_khz, brand: cpuid::host_brand() };
+    let mut entries = cpuid::prepare(supported.as_slice(), processor);
     for (id, vcpu) in vcpus.iter().enumerate() {
         cpuid::set_id(&mut entries, id as u8);
         let table = cpuid::to_kvm(&entries).map_err(Error::Cpuid)?;
@@ -261,9 +262,4 @@ pub fn create_vcpus(kvm_device: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd
         registers::set_msrs(vcpu).map_err(kvm("set the MSRs"))?;
     }
     Ok(vcpus)
-}
-
-fn host_is_intel() -> bool {
-    let leaf = std::arch::x86_64::__cpuid(0);
-    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
 }

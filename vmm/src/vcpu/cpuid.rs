@@ -4,6 +4,8 @@
 //! package, one core a vCPU, one thread a core, APIC id = vCPU index, told in every leaf in which a kernel might
 //! look, for Intel and AMD alike. Nested virtualization and performance counters are never offered.
 
+use std::arch::x86_64::{__cpuid, CpuidResult};
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// Leaf 1 ECX.
@@ -38,21 +40,53 @@ const HYPERVISOR_LEAF: u32 = 0x4000_0000;
 /// (0x8000001f).
 const DROPPED: [u32; 7] = [0xa, 0xb, 0x1f, 0x8000_000a, 0x8000_001f, 0x8000_0022, 0x8000_0026];
 
-/// What differs from VM to VM and vCPU to vCPU.
+/// First of the three leaves with the processor's name, which KVM does not hand through.
+const BRAND: u32 = 0x8000_0002;
+
+/// What differs from VM to VM.
 #[derive(Clone, Copy, Debug)]
-pub struct Topology {
+pub struct Processor {
     /// Number of vCPUs.
     pub vcpus: u8,
     /// TSC frequency in kHz, if KVM knows it.
     pub tsc_khz: Option<u32>,
+    /// The processor's name: registers EAX to EDX of the three leaves from [`BRAND`] on.
+    pub brand: [[u32; 4]; 3],
+}
+
+/// What CPUID says on this host.
+#[allow(unused_unsafe)] // The intrinsic is safe in newer Rust than the oldest that we build with.
+fn host(leaf: u32) -> CpuidResult {
+    // SAFETY: every x86-64 processor has the instruction.
+    unsafe { __cpuid(leaf) }
+}
+
+/// Whether this host's processor is Intel's.
+pub fn host_is_intel() -> bool {
+    let leaf = host(0);
+    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
+}
+
+/// The name of this host's processor.
+pub fn host_brand() -> [[u32; 4]; 3] {
+    if host(0x8000_0000).eax < BRAND + 2 {
+        return Default::default();
+    }
+    [0, 1, 2].map(|i| {
+        let leaf = host(BRAND + i);
+        [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
+    })
 }
 
 /// The entries of the first vCPU; [`set_id`] turns them into those of another.
-pub fn prepare(supported: &[kvm_cpuid_entry2], topology: Topology) -> Vec<kvm_cpuid_entry2> {
-    let mut entries: Vec<_> =
-        supported.iter().filter(|entry| !DROPPED.contains(&entry.function)).copied().collect();
+pub fn prepare(supported: &[kvm_cpuid_entry2], processor: Processor) -> Vec<kvm_cpuid_entry2> {
+    let mut entries: Vec<_> = supported
+        .iter()
+        .filter(|entry| !DROPPED.contains(&entry.function) && !(BRAND..BRAND + 3).contains(&entry.function))
+        .copied()
+        .collect();
     let amd = supported.iter().any(|entry| entry.function == 0 && is_amd(entry));
-    let vcpus = u32::from(topology.vcpus);
+    let vcpus = u32::from(processor.vcpus);
     for entry in &mut entries {
         match entry.function {
             0 => entry.eax = entry.eax.max(0xb),
@@ -66,8 +100,8 @@ pub fn prepare(supported: &[kvm_cpuid_entry2], topology: Topology) -> Vec<kvm_cp
                 entry.eax = (entry.eax & 0x3fff) | shared_by(entry.eax, vcpus) << 14 | cores << 26;
             }
             6 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (ARAT, 0, 0, 0),
-            HYPERVISOR_LEAF if topology.tsc_khz.is_some() => entry.eax = entry.eax.max(FREQUENCIES),
-            0x8000_0000 if amd => entry.eax = entry.eax.max(0x8000_001e),
+            HYPERVISOR_LEAF if processor.tsc_khz.is_some() => entry.eax = entry.eax.max(FREQUENCIES),
+            0x8000_0000 => entry.eax = entry.eax.max(if amd { 0x8000_001e } else { BRAND + 2 }),
             0x8000_0001 => {
                 entry.ecx &= !(SVM | PERFCTR_CORE | PERFCTR_NB | PERFCTR_LLC);
                 if amd {
@@ -104,7 +138,10 @@ pub fn prepare(supported: &[kvm_cpuid_entry2], topology: Topology) -> Vec<kvm_cp
             ..Default::default()
         });
     }
-    if let Some(khz) = topology.tsc_khz {
+    for (function, [eax, ebx, ecx, edx]) in (BRAND..).zip(processor.brand) {
+        entries.push(kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() });
+    }
+    if let Some(khz) = processor.tsc_khz {
         entries.push(kvm_cpuid_entry2 {
             function: FREQUENCIES,
             eax: khz,
@@ -190,7 +227,10 @@ mod tests {
     const AMD: &[u8; 12] = b"AuthenticAMD";
 
     fn guest(vendor: &[u8; 12], vcpus: u8, id: u8) -> Vec<kvm_cpuid_entry2> {
-        let mut entries = prepare(&host(vendor), Topology { vcpus, tsc_khz: Some(2_500_000) });
+        let mut entries = prepare(
+            &host(vendor),
+            Processor { vcpus, tsc_khz: Some(2_500_000), brand: [[1; 4], [2; 4], [3; 4]] },
+        );
         set_id(&mut entries, id);
         entries
     }
@@ -263,8 +303,16 @@ mod tests {
 
     #[test]
     fn a_frequency_that_kvm_does_not_know_is_not_invented() {
-        let entries = prepare(&host(AMD), Topology { vcpus: 1, tsc_khz: None });
+        let entries = prepare(&host(AMD), Processor { vcpus: 1, tsc_khz: None, brand: Default::default() });
         assert!(entries.iter().all(|e| e.function != FREQUENCIES));
         assert_eq!(leaf(&entries, HYPERVISOR_LEAF, 0).eax, 0x4000_0001);
+    }
+
+    #[test]
+    fn the_processor_has_the_hosts_name() {
+        let entries = guest(AMD, 1, 0);
+        for i in 0..3 {
+            assert_eq!(leaf(&entries, BRAND + i, 0).edx, i + 1);
+        }
     }
 }

@@ -9,6 +9,9 @@ pub mod cpuid;
 mod exit;
 pub mod registers;
 
+#[cfg(test)]
+mod tests;
+
 use std::cell::Cell;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
