@@ -203,12 +203,11 @@ struct Wake(Arc<EventFd>);
 
 impl Worker for Wake {
     fn fds(&self) -> Vec<(RawFd, EventSet)> {
-        vec![(self.0.as_raw_fd(), EventSet::IN)]
+        // Edge-triggered, so that there is nothing to do: the wait has ended.
+        vec![(self.0.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED)]
     }
 
-    fn ready(&mut self, _fd: RawFd, _events: EventSet, _ctl: &mut Control) {
-        let _ = self.0.read();
-    }
+    fn ready(&mut self, _fd: RawFd, _events: EventSet, _ctl: &mut Control) {}
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ mod testing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::io_loop::{IoHandle, WorkerId};
 use crate::memory::GuestMemory;
 use interrupt::Interrupt;
 use queue::Virtqueue;
@@ -66,6 +67,26 @@ pub trait Device: Send {
 /// An active device. Dropping it stops it: when `drop` returns, nothing of it touches guest memory, queues
 /// or the interrupt any more, and I/O that was in flight has ended with its own buffers.
 pub trait Running: Send {}
+
+/// A running device all of which is one worker of the I/O loop.
+struct OnIoThread {
+    io: IoHandle,
+    worker: WorkerId,
+}
+
+impl OnIoThread {
+    fn new(io: IoHandle, worker: WorkerId) -> Self {
+        Self { io, worker }
+    }
+}
+
+impl Running for OnIoThread {}
+
+impl Drop for OnIoThread {
+    fn drop(&mut self) {
+        self.io.remove(self.worker);
+    }
+}
 
 /// Everything that a worker needs, given away by the transport at activation.
 pub struct Activation {

@@ -7,11 +7,16 @@
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, ChainError};
 use super::interrupt::Interrupt;
 use crate::memory::GuestMemory;
+
+/// How a worker waits for [`Virtqueue::event`]. Edge-triggered: every kick is an event of its own, and the
+/// counter in the descriptor needs not be read.
+pub const KICK: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
 /// Why a ring cannot be used any more.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +47,7 @@ impl Virtqueue {
         Self { queue, event, interrupt }
     }
 
-    /// Written when the driver kicks the queue.
+    /// Written when the driver kicks the queue; to be waited for with [`KICK`].
     pub fn event(&self) -> &EventFd {
         &self.event
     }

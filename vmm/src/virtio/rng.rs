@@ -2,9 +2,9 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 
-use super::queue::{RingError, Virtqueue};
-use super::{ActivateError, Activation, ConfigSpace, Device, F_EVENT_IDX, Running};
-use crate::io_loop::{Control, EventSet, IoHandle, Worker, WorkerId};
+use super::queue::{KICK, RingError, Virtqueue};
+use super::{ActivateError, Activation, ConfigSpace, Device, F_EVENT_IDX, OnIoThread, Running};
+use crate::io_loop::{Control, EventSet, IoHandle, Worker};
 use crate::memory::GuestMemory;
 
 const TYPE_ENTROPY: u32 = 4;
@@ -51,26 +51,6 @@ impl Device for Rng {
     }
 }
 
-/// A running device all of which is one worker of the I/O loop.
-pub(super) struct OnIoThread {
-    io: IoHandle,
-    worker: WorkerId,
-}
-
-impl OnIoThread {
-    pub(super) fn new(io: IoHandle, worker: WorkerId) -> Self {
-        Self { io, worker }
-    }
-}
-
-impl Running for OnIoThread {}
-
-impl Drop for OnIoThread {
-    fn drop(&mut self) {
-        self.io.remove(self.worker);
-    }
-}
-
 struct Source {
     queue: Virtqueue,
     memory: GuestMemory,
@@ -106,11 +86,10 @@ fn random(buffer: *mut u8, len: usize) -> std::io::Result<usize> {
 
 impl Worker for Source {
     fn fds(&self) -> Vec<(RawFd, EventSet)> {
-        vec![(self.queue.event().as_raw_fd(), EventSet::IN)]
+        vec![(self.queue.event().as_raw_fd(), KICK)]
     }
 
     fn ready(&mut self, fd: RawFd, _events: EventSet, ctl: &mut Control) {
-        let _ = self.queue.event().read();
         if let Err(error) = self.serve() {
             tracing::warn!(%error, "rng device stops until the guest resets it");
             ctl.remove(fd);

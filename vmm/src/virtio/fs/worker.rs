@@ -1,6 +1,6 @@
 //! The thread that serves FUSE requests.
 //!
-//! One thread, because requests of one container start come one after another; it sleeps in `poll` on both
+//! One thread, because requests of one container start come one after another; it sleeps in epoll on both
 //! queue events and a stop event. Stopping waits for the request at hand, which owns its host buffers and
 //! writes to guest memory; only then is the device gone.
 
@@ -11,14 +11,18 @@ use std::thread::JoinHandle;
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::server::{MetricsHook, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::share::Share;
 use crate::memory::GuestMemory;
 use crate::virtio::chain::Chain;
 use crate::virtio::interrupt::Interrupt;
-use crate::virtio::queue::{RingError, Virtqueue};
+use crate::virtio::queue::{KICK, RingError, Virtqueue};
 use crate::virtio::{ActivateError, Activation, Running};
+
+/// Stands for the stop event where queues are told apart by their index.
+const STOP: u64 = u64::MAX;
 
 /// A running file system device. Dropping it ends the thread.
 pub struct FsThread {
@@ -45,11 +49,20 @@ pub fn start(share: Share, activation: Activation) -> Result<FsThread, ActivateE
     let host = |what| move |error| ActivateError::Host { what, error };
     let Activation { queues, memory, interrupt, .. } = activation;
     let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an event descriptor"))?;
-    let stopped = stop.try_clone().map_err(host("duplicate an event descriptor"))?;
-    let server = FsServer { server: Server::new(share), queues, memory, interrupt, stop: stopped };
+    let epoll = Epoll::new().map_err(host("make an epoll descriptor"))?;
+    let wait = |event: &EventFd, events, data| {
+        epoll
+            .ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(events, data))
+            .map_err(host("wait for a queue event"))
+    };
+    wait(&stop, EventSet::IN, STOP)?;
+    for (index, queue) in queues.iter().enumerate() {
+        wait(queue.event(), KICK, index as u64)?;
+    }
+    let server = FsServer { server: Server::new(share), queues, memory, interrupt };
     let thread = std::thread::Builder::new()
         .name("fs".into())
-        .spawn(move || server.run())
+        .spawn(move || server.run(epoll))
         .map_err(host("start the fs thread"))?;
     Ok(FsThread { stop, thread: Some(thread) })
 }
@@ -59,35 +72,26 @@ struct FsServer {
     queues: Vec<Virtqueue>,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
-    stop: EventFd,
 }
 
 impl FsServer {
-    fn run(mut self) {
+    fn run(mut self, epoll: Epoll) {
         super::share::keep_capabilities();
-        let mut fds: Vec<libc::pollfd> = std::iter::once(&self.stop)
-            .chain(self.queues.iter().map(Virtqueue::event))
-            .map(|event| libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 })
-            .collect();
+        let mut ready = [EpollEvent::default(); 3];
         loop {
-            // SAFETY: the pointer and length are those of a vector.
-            let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-            if n < 0 {
-                let error = std::io::Error::last_os_error();
-                if error.kind() == std::io::ErrorKind::Interrupted {
-                    continue;
+            let n = match epoll.wait(-1, &mut ready) {
+                Ok(n) => n,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::error!(%error, "fs thread cannot wait for requests");
+                    return self.interrupt.needs_reset();
                 }
-                tracing::error!(%error, "fs thread cannot wait for requests");
-                return self.interrupt.needs_reset();
-            }
-            let ready = |i: usize| fds.get(i).is_some_and(|fd| fd.revents != 0);
-            if ready(0) {
-                return;
-            }
-            for index in 0..self.queues.len() {
-                if ready(index + 1)
-                    && let Err(error) = self.serve(index)
-                {
+            };
+            for event in ready.iter().take(n) {
+                if event.data() == STOP {
+                    return;
+                }
+                if let Err(error) = self.serve(event.data() as usize) {
                     tracing::warn!(%error, "fs device stops until the guest resets it");
                     return self.interrupt.needs_reset();
                 }
@@ -98,7 +102,6 @@ impl FsServer {
     /// Serves the requests of one queue: at most a ring's worth, so that a stop is seen.
     fn serve(&mut self, index: usize) -> Result<(), RingError> {
         let Some(queue) = self.queues.get_mut(index) else { return Ok(()) };
-        let _ = queue.event().read();
         for _ in 0..queue.size() {
             let Some(chain) = queue.pop_unchecked(&self.memory)? else {
                 if queue.enable_kicks(&self.memory)? {

@@ -21,8 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::rng::OnIoThread;
-use super::{ActivateError, Activation, ConfigSpace, Device, F_EVENT_IDX, Running};
+use super::{ActivateError, Activation, ConfigSpace, Device, F_EVENT_IDX, OnIoThread, Running};
 use crate::io_loop::IoHandle;
 
 const TYPE_SOCKET: u32 = 19;

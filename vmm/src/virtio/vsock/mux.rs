@@ -21,7 +21,7 @@ use crate::io_loop::{Control, EventSet, Worker};
 use crate::memory::GuestMemory;
 use crate::virtio::chain::Chain;
 use crate::virtio::interrupt::Interrupt;
-use crate::virtio::queue::{RingError, Virtqueue};
+use crate::virtio::queue::{KICK, RingError, Virtqueue};
 use crate::virtio::{ActivateError, Activation};
 
 /// Most answers to packets that belong to no stream.
@@ -58,6 +58,8 @@ pub struct Mux {
     guest_listens: bool,
     tx_paused: bool,
     sent: Sent,
+    /// The rings cannot be used any more.
+    broken: bool,
 }
 
 /// Packets that are through but not yet returned to the guest.
@@ -95,18 +97,16 @@ impl Mux {
             guest_listens: false,
             tx_paused: false,
             sent: Sent::default(),
+            broken: false,
         })
     }
 
     fn work(&mut self, fd: RawFd, events: EventSet, ctl: &mut Control) -> Result<(), RingError> {
         if fd == self.tx.event().as_raw_fd() {
-            let _ = self.tx.event().read();
             self.transmit(ctl)?;
         } else if fd == self.rx.event().as_raw_fd() {
-            let _ = self.rx.event().read();
             self.rx.disable_kicks(&self.memory)?;
         } else if fd == self.inbox.wake.as_raw_fd() {
-            let _ = self.inbox.wake.read();
             self.take_connects();
         } else if let Some(&port) = self.by_fd.get(&fd) {
             self.host_event(port, events, ctl);
@@ -406,21 +406,23 @@ const INTEREST: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP).union(Even
 
 impl Worker for Mux {
     fn fds(&self) -> Vec<(RawFd, EventSet)> {
-        [self.rx.event(), self.tx.event(), &self.inbox.wake]
-            .map(|event| (event.as_raw_fd(), EventSet::IN))
-            .to_vec()
+        [self.rx.event(), self.tx.event(), &self.inbox.wake].map(|event| (event.as_raw_fd(), KICK)).to_vec()
     }
 
     fn ready(&mut self, fd: RawFd, events: EventSet, ctl: &mut Control) {
+        if self.broken {
+            return self.refuse_connects();
+        }
         if let Err(error) = self.work(fd, events, ctl) {
             tracing::warn!(%error, "vsock device stops until the guest resets it");
-            for event in [self.rx.event(), self.tx.event(), &self.inbox.wake] {
-                ctl.remove(event.as_raw_fd());
-            }
+            self.broken = true;
+            ctl.remove(self.rx.event().as_raw_fd());
+            ctl.remove(self.tx.event().as_raw_fd());
             for fd in self.by_fd.drain().map(|(fd, _)| fd) {
                 ctl.remove(fd);
             }
             self.close_all();
+            self.refuse_connects();
             self.interrupt.needs_reset();
         }
     }
@@ -432,6 +434,12 @@ impl Mux {
             if matches!(stream.phase, Phase::Waiting | Phase::Requested) {
                 self.inbox.reply(stream.id, Err(Refusal::DeviceStopped));
             }
+        }
+    }
+
+    fn refuse_connects(&self) {
+        for connect in self.inbox.take() {
+            self.inbox.reply(connect.id, Err(Refusal::DeviceStopped));
         }
     }
 }

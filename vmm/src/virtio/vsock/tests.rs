@@ -804,6 +804,8 @@ fn a_broken_ring_closes_all_streams_and_the_device_asks_for_a_reset() {
     guest.driver.kick(TX);
     guest.driver.wait_needs_reset();
     assert_eq!(peer.host.read(&mut [0]).unwrap(), 0);
+    let _refused = guest.dial(9, 1025);
+    assert_eq!(guest.reply(), (9, Err(Refusal::DeviceStopped)));
     guest.received.clear();
     guest.start();
     guest.hint();
