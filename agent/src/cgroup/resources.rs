@@ -55,12 +55,11 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
             )
         });
     }
-    if let Some(network) = resources.network() {
-        if network.class_id().unwrap_or(0) != 0
-            || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
-        {
-            return Err(refuse("network", "cgroup v2 has no network controllers"));
-        }
+    if let Some(network) = resources.network()
+        && (network.class_id().unwrap_or(0) != 0
+            || network.priorities().as_ref().is_some_and(|p| !p.is_empty()))
+    {
+        return Err(refuse("network", "cgroup v2 has no network controllers"));
     }
     for (file, value) in resources.unified().iter().flatten() {
         settings.push(set("linux.resources.unified", file_part("unified", file)?, value));
