@@ -138,10 +138,11 @@ fn find(command: &str, path: &str) -> Result<PathBuf, Record> {
         };
     }
     let mut denied = false;
-    for dir in path.split(':') {
+    // An empty name would find the directories of the path themselves.
+    for dir in path.split(':').filter(|_| !command.is_empty()) {
         let candidate = Path::new(if dir.is_empty() { "." } else { dir }).join(command);
         match executable(&candidate) {
-            Ok(()) if !command.is_empty() => return Ok(candidate),
+            Ok(()) => return Ok(candidate),
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => denied = true,
             _ => {}
         }
