@@ -72,12 +72,13 @@ impl GuestFiles {
             let path = dir.join(name);
             File::open(&path).map_err(|e| Error::Open(path.clone(), e))
         };
-        let (kernel, initrd) = (open(KERNEL)?, open(INITRD)?);
+        let kernel = open(KERNEL)?;
         // ELF magic, 64 bit, little endian (ELF specification, e_ident); e_machine 62 at offset 18 is x86-64.
         let head: [u8; 20] = read_head(&kernel);
         if head[..6] != *b"\x7fELF\x02\x01" || head[18..] != [62, 0] {
             return Err(Error::NotElf(dir.join(KERNEL)));
         }
+        let initrd = open(INITRD)?;
         if read_head(&initrd) != *b"070701" {
             return Err(Error::NotCpio(dir.join(INITRD)));
         }
@@ -129,6 +130,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = || GuestFiles::open(&settings(dir.path()));
         assert!(matches!(open(), Err(Error::Open(path, _)) if path.ends_with(KERNEL)));
+        fs::write(dir.path().join(KERNEL), "no kernel").unwrap();
+        assert!(matches!(open(), Err(Error::NotElf(_))));
         fs::write(dir.path().join(KERNEL), elf()).unwrap();
         assert!(matches!(open(), Err(Error::Open(path, _)) if path.ends_with(INITRD)));
         fs::write(dir.path().join(INITRD), b"070701rest").unwrap();

@@ -65,7 +65,7 @@ pub enum Error {
     #[error("{origin} is {value:?}: write a number of bytes, or one with K, M, G or T")]
     NoSize { origin: String, value: String },
     /// an unknown annotation in our namespace
-    #[error("annotation {0} is not known: stockade knows {ANNOTATION_VCPUS} and {ANNOTATION_MEMORY}")]
+    #[error("annotation {0} is not known: remove it, or use {ANNOTATION_VCPUS} or {ANNOTATION_MEMORY}")]
     Annotation(String),
     /// the list of CPUs is not one
     #[error("linux.resources.cpu.cpus is {0:?}: write numbers and ranges, such as \"0-3,8\"")]

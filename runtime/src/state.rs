@@ -119,7 +119,7 @@ impl State {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// the id cannot be one
-    #[error("invalid container id {id:?}: {reason}")]
+    #[error("invalid container id {id:?}, choose another: {reason}")]
     Id { id: String, reason: String },
     /// the id is taken
     #[error(

@@ -49,7 +49,7 @@ pub enum Error {
     #[error("{path} is not a valid runtime configuration, correct it: {field}{error}")]
     Parse { path: PathBuf, field: String, error: serde_json::Error },
     /// the version of the specification is not ours
-    #[error("ociVersion {0:?} is not known: stockade implements version 1 of the runtime specification")]
+    #[error("ociVersion {0:?} in {CONFIG} is not known: it must be a version 1 of the runtime specification")]
     Version(String),
     /// a field is missing
     #[error("{0} is missing in {CONFIG}, add it: {1}")]

@@ -162,9 +162,9 @@ fn check_linux(spec: &Spec) -> Result<(), Error> {
         if namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
             let reason = match namespace.typ() {
                 LinuxNamespaceType::Network => {
-                    "stockade has no network yet; leave the path out for a network namespace with loopback only"
+                    "stockade has no network yet; remove the path to get one with loopback only"
                 }
-                _ => "a namespace of the host cannot be entered from inside a VM; leave the path out",
+                _ => "a namespace of the host cannot be entered from inside a VM; remove the path",
             };
             let name = format!("{:?}", namespace.typ()).to_lowercase();
             return unsupported(&format!("linux.namespaces[{index}].path ({name})"), reason);

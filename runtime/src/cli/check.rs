@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Outcome, print};
 use crate::config::Settings;
-use crate::guest_files::GuestFiles;
+use crate::guest_files::{GuestFiles, INITRD, KERNEL};
 
 /// Tell whether this machine can run microVMs
 #[derive(Args)]
@@ -17,7 +17,8 @@ pub fn check() -> Outcome {
         stockade_vmm::host::check().into_iter().map(|finding| (finding.ok, finding.to_string())).collect();
     let files = Settings::load().map_err(|e| e.to_string());
     match files.and_then(|settings| GuestFiles::open(&settings).map_err(|e| e.to_string())) {
-        Ok(files) => findings.push((true, format!("ok: guest files: in {}", files.dir.display()))),
+        Ok(files) => findings
+            .push((true, format!("ok: guest files: {KERNEL} and {INITRD} in {}", files.dir.display()))),
         Err(e) => findings.push((false, format!("no: guest files: {e}"))),
     }
     findings.push(match nix::unistd::geteuid().is_root() {

@@ -34,7 +34,7 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
     let _lock = dir.lock()?;
     let state = match dir.load() {
         Ok(state) => state,
-        // Whoever made the directory was killed before it wrote anything, and before it started anything.
+        // Whoever made the directory was killed before it wrote anything; its VMM, without a VM yet, dies with it.
         Err(state::Error::Unfinished(_) | state::Error::Damaged(..)) if args.force => {
             dir.remove()?;
             return Ok(ExitCode::SUCCESS);
@@ -44,8 +44,6 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
     match state.status() {
         // Its processes may be about to end.
         Status::Stopped => end(&state)?,
-        // Nothing of it has run.
-        Status::Created => kill(&state)?,
         _ if args.force => kill(&state)?,
         other => {
             return Err(Error::Refused(format!(

@@ -28,9 +28,12 @@ use crate::sandbox::control::{Conversation, Reply, Request};
 use crate::state::{DEFAULT_ROOT, State, StateDir};
 use crate::{bundle, config, guest_files, log, sandbox, state as container};
 
+/// As runc says it: the program's own version, then that of the runtime specification.
+const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.3.0");
+
 /// Runs OCI containers, each in a microVM of its own
 #[derive(Parser)]
-#[command(name = "stockade", version, disable_help_subcommand = true)]
+#[command(name = "stockade", version = VERSION, disable_help_subcommand = true)]
 struct Arguments {
     #[command(flatten)]
     global: Global,

@@ -157,12 +157,15 @@ pub fn run(
     let os = |what| move |e: io::Error| Error::Os(what, e);
 
     let signals = Signals::block().map_err(os("block signals"))?;
-    let reservation = Reservation::new(StateDir::create(&root, &id)?);
     let outside = share::enter_namespace(has_host_hooks(&bundle))?;
     let (console, console_end) = Console::new().map_err(os("make the console pipe"))?;
     let vmm = Vmm::spawn(console_end.as_fd())?;
     timeline.mark("vmm_spawned");
 
+    // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
+    let state = first_state(&id, &bundle, &vmm)?;
+    let reservation = Reservation::new(StateDir::create(&root, &id)?);
+    reservation.dir().save(&state)?;
     let share = Share::mount(reservation.dir().path().join(SHARE))?;
     if bundle.readonly_root() {
         share::make_mount_points(&bundle.rootfs, &mount_points(&bundle))?;
@@ -182,8 +185,6 @@ pub fn run(
     let mut stdio = open_stdio(&bundle, launch.console_socket.as_deref())?;
     let streams = connect_streams(&vmm, stdio.wanted(), &id, "")?;
     let listener = control::Listener::bind(reservation.dir()).map_err(os("make the control socket"))?;
-    let state = first_state(&id, &bundle, &vmm)?;
-    reservation.dir().save(&state)?;
     timeline.mark("prepared");
 
     let runtime = tokio::runtime::Builder::new_current_thread()

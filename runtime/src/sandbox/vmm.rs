@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::task::Poll;
+use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use stockade_vmm::control::{self, Boot, Client, Event, StopReason};
@@ -19,6 +20,11 @@ use super::poll::register;
 use super::timeline::Timeline;
 use crate::process::ProcessId;
 
+/// More events than a VMM sends that nobody has read meanwhile.
+const MAX_LAST_WORDS: usize = 64;
+/// How long a VMM may take to end that has closed its socket.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Errors of the VMM process.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -27,7 +33,10 @@ pub enum Error {
     Spawn(#[source] io::Error),
     /// it cannot be talked to
     #[error(transparent)]
-    Control(#[from] control::Error),
+    Control(control::Error),
+    /// it could not build the VM
+    #[error("{0}")]
+    Failed(String),
     /// a stream cannot be made
     #[error("cannot make a stream to the guest: {0}")]
     Stream(#[source] io::Error),
@@ -84,7 +93,7 @@ impl Vmm {
         share: BorrowedFd,
         console: BorrowedFd,
     ) -> Result<(), Error> {
-        Ok(self.client.boot(boot, kernel, initrd, share, console)?)
+        self.client.boot(boot, kernel, initrd, share, console).map_err(|e| self.reason(e))
     }
 
     /// Opens a stream to a port of the guest. What is written to it waits until the guest listens. The result is
@@ -95,8 +104,31 @@ impl Vmm {
             .map_err(|e| Error::Stream(e.into()))?;
         let id = self.next_connect.get();
         self.next_connect.set(id + 1);
-        self.client.connect(id, port, theirs.as_fd())?;
+        self.client.connect(id, port, theirs.as_fd()).map_err(|e| self.reason(e))?;
         Ok(ours)
+    }
+
+    /// A VMM that takes no more requests may have said why.
+    fn reason(&self, error: control::Error) -> Error {
+        match self.last_words() {
+            Some(Event::Failed { message }) => Error::Failed(message),
+            _ => Error::Control(error),
+        }
+    }
+
+    /// What lies in the socket when the VMM is gone. The first read may only tell that requests were left unread
+    /// (ECONNRESET), and hide events that came before.
+    fn last_words(&self) -> Option<Event> {
+        for _ in 0..MAX_LAST_WORDS {
+            match self.client.try_recv() {
+                Ok(Poll::Ready(Some(event @ (Event::Failed { .. } | Event::Stopped(_))))) => {
+                    return Some(event);
+                }
+                Ok(_) => {}
+                Err(_) => return None,
+            }
+        }
+        None
     }
 
     /// Follows the VM to its end.
@@ -124,7 +156,11 @@ impl Vmm {
                     Event::Stopped(reason) => return Ending::Stopped(reason),
                     Event::Failed { message } => return Ending::Failed(message),
                 },
-                Ok(Poll::Ready(None)) => return self.died(),
+                Ok(Poll::Ready(None)) => match self.last_words() {
+                    Some(Event::Failed { message }) => return Ending::Failed(message),
+                    Some(Event::Stopped(reason)) => return Ending::Stopped(reason),
+                    _ => return self.died(),
+                },
                 Err(e) => {
                     self.kill();
                     return Ending::Died(format!("it was killed, because: {e}"));
@@ -134,6 +170,10 @@ impl Vmm {
     }
 
     fn died(&self) -> Ending {
+        // It has closed its socket and is about to end; how, is worth waiting for.
+        if let Some(handle) = self.process().ok().and_then(|process| process.open()) {
+            handle.wait(DEATH_TIMEOUT);
+        }
         self.kill();
         Ending::Died(match self.wait() {
             Ok(status) => describe(status),
