@@ -142,6 +142,15 @@ fn null_standard_streams() -> Result<(), Error> {
     Ok(())
 }
 
+/// Grants every reservation of address space, as a host with much memory does. The VM is hardly larger than its
+/// workload's limit, so the kernel's heuristic would refuse what runtimes reserve and never touch; what is touched
+/// is bounded by the container's cgroup.
+pub fn allow_overcommit() {
+    if let Err(e) = fs::write("/proc/sys/vm/overcommit_memory", "1") {
+        tracing::warn!("cannot allow large reservations of memory: {e}");
+    }
+}
+
 /// Makes the agent the last process the kernel kills for memory, and gives it descriptors for thousands of streams.
 /// Containers inherit the descriptor limit unless their spec says otherwise, as under other runtimes' daemons.
 pub fn raise_limits() {

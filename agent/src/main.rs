@@ -58,6 +58,7 @@ fn run(started_ns: u64) -> Result<(), Error> {
     let options = boot::Options::from_kernel_command_line()?;
     log::start(options.log_level);
     boot::raise_limits();
+    boot::allow_overcommit();
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
