@@ -30,6 +30,7 @@ pub fn exec(global: &Global, args: liboci_cli::Exec) -> Outcome {
             .map_err(|e| Error::Io("encode the process".into(), e.into()))?,
         terminal,
         console_socket: args.console_socket.as_deref(),
+        detach: args.detach,
         ignore_paused: args.ignore_paused,
     };
     let talk = Conversation::connect(&dir).map_err(Error::io("reach the container's supervisor"))?;

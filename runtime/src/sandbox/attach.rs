@@ -14,7 +14,7 @@ use super::Error;
 use super::agent::Exit;
 use super::control::{self, Conversation, Reply, Request};
 use super::signals::Signals;
-use super::stdio::HostStdio;
+use super::stdio::{HostStdio, release_inherited};
 
 /// What is to be run in a container.
 pub struct Exec<'a> {
@@ -24,6 +24,8 @@ pub struct Exec<'a> {
     pub terminal: bool,
     /// Where the terminal's other end goes, if not to this process's own.
     pub console_socket: Option<&'a Path>,
+    /// Whether nobody waits for this process's own streams.
+    pub detach: bool,
     /// Run it even though the container is frozen.
     pub ignore_paused: bool,
 }
@@ -41,6 +43,9 @@ pub fn exec(
         (true, None) => HostStdio::own_terminal()?,
         (true, Some(socket)) => HostStdio::console_socket(socket, None)?,
     };
+    if exec.detach {
+        release_inherited().map_err(os("let go of the standard streams"))?;
+    }
     let wanted = stdio.wanted();
     let process = control::attachment(&exec.process).map_err(os("send the process"))?;
     let request = Request::Exec { stdio: wanted, ignore_paused: exec.ignore_paused };

@@ -183,6 +183,10 @@ pub fn run(
 
     let rpc = vmm.connect(RPC_PORT)?;
     let mut stdio = open_stdio(&bundle, launch.console_socket.as_deref())?;
+    if !matches!(mode, Mode::Run { .. }) {
+        // Whoever reads the workload's output sees its end when the workload closes it.
+        stdio::release_inherited().map_err(os("let go of the standard streams"))?;
+    }
     let streams = connect_streams(&vmm, stdio.wanted(), &id, "")?;
     let listener = control::Listener::bind(reservation.dir()).map_err(os("make the control socket"))?;
     timeline.mark("prepared");
@@ -218,7 +222,7 @@ pub fn run(
     let (supervisor, result) = outcome?;
     stdio.restore();
 
-    supervisor.end(share, &reservation, mode, &result);
+    supervisor.end(share, &reservation, mode);
     result
 }
 

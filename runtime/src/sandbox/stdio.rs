@@ -56,13 +56,12 @@ impl HostStdio {
         Ok(HostStdio { fds, terminal: Some(terminal), raw: Some(raw) })
     }
 
-    /// A new terminal whose other end goes to a console socket. This process's own streams are let go.
+    /// A new terminal whose other end goes to a console socket.
     pub fn console_socket(socket: &Path, size: Option<(u16, u16)>) -> Result<Self, terminal::Error> {
         let failed = |e: io::Error| terminal::Error::Io("use the terminal", e);
         let terminal = terminal::open_for_socket(socket, size)?;
         let fds =
             [Some(terminal.try_clone().map_err(failed)?), Some(terminal.try_clone().map_err(failed)?), None];
-        release_inherited().map_err(failed)?;
         Ok(HostStdio { fds, terminal: Some(terminal), raw: None })
     }
 

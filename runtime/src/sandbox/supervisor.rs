@@ -30,8 +30,8 @@ use crate::bundle::hooks;
 use crate::state::{State, StateDir, Status};
 
 /// How long a guest may take from its first instruction to the agent's first answer. On hardware it is milliseconds,
-/// in an emulator seconds.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// in an emulator on a busy machine a minute.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long the VMM may take to report what the broken connection to the agent means.
 const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a guest may take to write back after its container's end.
@@ -427,13 +427,7 @@ impl Supervisor {
     }
 
     /// Ends the VM and leaves what this mode leaves. The exit is known by now: whatever fails here is logged.
-    pub(super) fn end(
-        &self,
-        share: Share,
-        reservation: &Reservation,
-        mode: Mode,
-        result: &Result<Exit, Error>,
-    ) {
+    pub(super) fn end(&self, share: Share, reservation: &Reservation, mode: Mode) {
         self.vmm.kill();
         self.timeline.mark("vmm_killed");
         drop(share);
@@ -441,7 +435,7 @@ impl Supervisor {
             if let Err(e) = self.set_status(Status::Stopped) {
                 tracing::warn!("{e}");
             }
-        } else if matches!(mode, Mode::Run { .. }) && result.is_ok() {
+        } else if matches!(mode, Mode::Run { .. }) && self.state.borrow().status != Status::Creating {
             self.state.borrow_mut().status = Status::Stopped;
             let state = self.state.borrow();
             if let Err(e) =
