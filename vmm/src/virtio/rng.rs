@@ -79,9 +79,14 @@ impl Source {
 }
 
 fn random(buffer: *mut u8, len: usize) -> std::io::Result<usize> {
-    // SAFETY: `fill_with` passes a pointer to `len` bytes of mapped guest memory.
-    let n = unsafe { libc::getrandom(buffer.cast(), len, 0) };
-    usize::try_from(n).map_err(|_| std::io::Error::last_os_error())
+    loop {
+        // SAFETY: `fill_with` passes a pointer to `len` bytes of mapped guest memory.
+        let n = unsafe { libc::getrandom(buffer.cast(), len, 0) };
+        match usize::try_from(n).map_err(|_| std::io::Error::last_os_error()) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => (),
+            result => return result,
+        }
+    }
 }
 
 impl Worker for Source {

@@ -11,6 +11,9 @@
 //! Caching: data is written through, at once. What the guest has cached of names, attributes and data is
 //! taken as valid for [`VALID_FOR`]; then it is asked for again, and data is dropped if size or modification
 //! time differ. So a change on the host shows in the guest within that time, as with NFS.
+//!
+//! Locks stay in the guest: a blocked lock would block the one thread here. ACLs can be read and set, but only
+//! the mode bits are enforced (FUSE_POSIX_ACL would cost a request an inode). O_DIRECT is passed on.
 
 use std::ffi::CStr;
 use std::io;

@@ -42,7 +42,7 @@ const FIRST_HOST_PORT: u32 = 1 << 30;
 pub struct Mux {
     cid: u64,
     inbox: Arc<Inbox>,
-    memory: GuestMemory,
+    memory: Arc<GuestMemory>,
     interrupt: Arc<Interrupt>,
     rx: Virtqueue,
     tx: Virtqueue,
@@ -84,7 +84,7 @@ impl Mux {
         Ok(Self {
             cid,
             inbox,
-            memory,
+            memory: Arc::new(memory),
             interrupt,
             rx,
             tx,
@@ -183,7 +183,7 @@ impl Mux {
 
     /// Host to guest: fills receive buffers for as long as there are some and streams have something.
     fn receive(&mut self, ctl: &mut Control) -> Result<(), RingError> {
-        let memory = self.memory.clone();
+        let memory = Arc::clone(&self.memory);
         let mut sent = 0;
         while !self.resets.is_empty() || !self.waiting.is_empty() {
             if sent == TURN {
@@ -268,7 +268,7 @@ impl Mux {
 
     /// Guest to host: takes packets off the transmit queue.
     fn transmit(&mut self, ctl: &mut Control) -> Result<(), RingError> {
-        let memory = self.memory.clone();
+        let memory = Arc::clone(&self.memory);
         let mut taken = 0;
         loop {
             if self.resets.len() >= MAX_RESETS {
