@@ -117,10 +117,10 @@ fn guest_files_that_cannot_be_booted() {
     let runtime = Runtime::under_test().env("STOCKADE_GUEST_DIR", dir.path());
     let (kernel, initrd) = (dir.path().join("vmlinux"), dir.path().join("initrd.img"));
     let expect = |file: &Path| refused_for(&runtime, bundle.save(), "e2e-bad", &file.display().to_string());
+    fs::write(&initrd, b"070701").unwrap();
     expect(&kernel);
     for bytes in [&b""[..], b"MZ and more that is a bzImage, perhaps", b"\x7fELF", &[0; 8192]] {
         fs::write(&kernel, bytes).unwrap();
-        fs::write(&initrd, b"070701").unwrap();
         expect(&kernel);
     }
     // An ELF header that promises segments where there are none, and one of another machine.

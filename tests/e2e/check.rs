@@ -30,15 +30,16 @@ fn finds(mut command: Command, about: &[&str]) {
 fn usable_machine_is_told_so() {
     let text = Runtime::under_test().call(&["check"]).ok();
     assert!(text.lines().any(|line| line.contains("/dev/kvm")), "{text}");
-    assert!(text.lines().any(|line| line.contains("vmlinux")), "{text}");
+    assert!(text.lines().any(|line| line.contains("guest files")), "{text}");
 }
 
 fn missing_guest_files_are_found() {
     let dir = host_scratch();
     let path = dir.path().display().to_string();
     let runtime = Runtime::under_test().env("STOCKADE_GUEST_DIR", dir.path());
-    finds(runtime.command([""; 0]), &["vmlinux", &path, "make image"]);
+    finds(runtime.command([""; 0]), &[&path, "make image"]);
     fs::write(dir.path().join("vmlinux"), "no kernel").unwrap();
+    fs::write(dir.path().join("initrd.img"), "070701").unwrap();
     finds(runtime.command([""; 0]), &["vmlinux", "ELF"]);
 }
 

@@ -32,7 +32,8 @@ fn pids_limit() {
     assert_eq!(ended.text(), "20\n19 Resource temporarily unavailable\n20\n");
 }
 
-const HOG: &str = "my $x = 'x' x (256 << 20); print length $x";
+/// Takes memory until somebody says no.
+const HOG: &str = "my $mebibyte = 1 << 20; push @x, 'x' x $mebibyte while 1";
 
 fn memory_limit_kills_a_hog_and_spares_the_rest() {
     let script = format!(

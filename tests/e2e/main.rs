@@ -35,11 +35,12 @@ fn main() -> ExitCode {
     let mut arguments = libtest_mimic::Arguments::from_args();
     if !arguments.list && !lab::inside() {
         let stage = stage();
-        if lab::usable_kvm().is_err() {
+        if let Err(why) = lab::usable_kvm() {
+            eprintln!("lab: {why}; running in emulated KVM hosts instead");
             let mut lab = Lab::default();
             lab.payload.add(stage, "");
             lab.env.extend(std::env::vars().filter(|(name, _)| name.starts_with("STOCKADE_E2E_")));
-            return lab.reexec(std::env::args().skip(1));
+            return harness::run_in_labs(&lab, arguments.filter.as_deref());
         }
     }
     // One VM keeps one CPU of the emulated host busy.

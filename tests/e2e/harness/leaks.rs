@@ -77,6 +77,29 @@ pub fn runtime_processes() -> Vec<String> {
     lines
 }
 
+/// Where each thread of the runtime's processes is now, one line each: for the report of what hangs.
+pub fn runtime_threads() -> Vec<String> {
+    let mut lines = Vec::new();
+    for process in runtime_processes() {
+        let pid = process.split(' ').nth(1).unwrap_or_default();
+        lines.push(process.clone());
+        for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            let file = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let state = file("stat").rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+            let [comm, place, call] = [file("comm"), file("wchan"), file("syscall")];
+            let call: Vec<_> = call.split_whitespace().take(3).collect();
+            lines.push(format!(
+                "    thread {} {} {} in {place}, system call {}",
+                task.file_name().to_string_lossy(),
+                state.unwrap_or('?'),
+                comm.trim(),
+                call.join(" ")
+            ));
+        }
+    }
+    lines
+}
+
 /// Every directory, and every file too unless `only_directories`, below `dir`.
 fn tree(dir: &Path, kind: &str, only_directories: bool, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {

@@ -253,7 +253,7 @@ impl Program {
             stdout.len(),
             tail(&stdout, 2000),
             tail(&stderr, 4000),
-            leaks::runtime_processes().join("\n")
+            leaks::runtime_threads().join("\n")
         )
     }
 }
@@ -309,6 +309,6 @@ pub fn wait_gone(pid: i32) {
     assert!(
         pidfd_wait(&fd, HANG),
         "hung: process {pid} does not end\n{}",
-        leaks::runtime_processes().join("\n")
+        leaks::runtime_threads().join("\n")
     );
 }

@@ -73,6 +73,14 @@ pub enum LabError {
         /// The end of its log.
         log: String,
     },
+    /// The kernel of the lab's host crashed.
+    #[error("lab: {why}; the end of its console:\n{console}")]
+    HostDied {
+        /// The line that says so.
+        why: String,
+        /// The last lines of the host's console.
+        console: String,
+    },
     /// The lab did not come up, or ended before its command did.
     #[error("lab: {why}; the end of its console:\n{console}")]
     Died {
@@ -109,27 +117,28 @@ pub fn reexec_inside(payload: Payload, arguments: impl IntoIterator<Item = Strin
 
 impl Lab {
     /// As [`reexec_inside`], with a lab of the caller's making.
-    pub fn reexec(mut self, arguments: impl IntoIterator<Item = String>) -> ExitCode {
+    pub fn reexec(self, arguments: impl IntoIterator<Item = String>) -> ExitCode {
         if let Err(why) = usable_kvm() {
             eprintln!("lab: {why}; running in an emulated KVM host instead");
         }
-        let run = || {
-            let exe = std::env::current_exe().map_err(io_error("find this executable"))?;
-            let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let inside = format!("bin/{name}");
-            self.payload.add(&exe, &inside);
-            let passed =
-                std::env::vars().filter(|(name, _)| PASSED.iter().any(|start| name.starts_with(start)));
-            self.env.extend(passed);
-            let argv: Vec<String> = std::iter::once(format!("/payload/{inside}")).chain(arguments).collect();
-            self.run(&argv)
-        };
-        match run() {
+        match self.run_self(arguments) {
             Ok(code) => ExitCode::from(code as u8),
             Err(error) => {
                 eprintln!("{error}");
                 ExitCode::FAILURE
             }
         }
+    }
+
+    /// Runs this executable in the lab with these arguments, as `/payload/bin/<its name>`; its exit code.
+    pub fn run_self(&self, arguments: impl IntoIterator<Item = String>) -> Result<i32, LabError> {
+        let mut lab = self.clone();
+        let exe = std::env::current_exe().map_err(io_error("find this executable"))?;
+        let inside = format!("bin/{}", exe.file_name().unwrap_or_default().to_string_lossy());
+        lab.payload.add(&exe, &inside);
+        let passed = std::env::vars().filter(|(name, _)| PASSED.iter().any(|start| name.starts_with(start)));
+        lab.env.extend(passed);
+        let argv: Vec<String> = std::iter::once(format!("/payload/{inside}")).chain(arguments).collect();
+        lab.run(&argv)
     }
 }

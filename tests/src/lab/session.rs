@@ -29,13 +29,10 @@ const CONSOLE_LINES: usize = 40;
 /// Console text kept in memory, in bytes.
 const CONSOLE_KEPT: usize = 256 * 1024;
 /// What the host's kernel says when it is beyond help (some of these hang instead of rebooting).
-const DEATHS: [&str; 5] = [
-    "Kernel panic",
-    "TASK stack guard page was hit",
-    "corrupted stack end",
-    "lab init:",
-    "KVM internal error",
-];
+const HOST_DEATHS: [&str; 4] =
+    ["Kernel panic", "TASK stack guard page was hit", "corrupted stack end", "KVM internal error"];
+/// How the lab's init begins what it says when it gives up.
+const INIT_GAVE_UP: &str = "lab init:";
 
 /// How to run a command in the lab.
 #[derive(Debug, Clone)]
@@ -222,7 +219,9 @@ impl Session<'_> {
             Ok(n) => n,
         };
         self.console.push(buffer.get(..n).unwrap_or_default());
-        let line = self.console.text.lines().find(|line| DEATHS.iter().any(|death| line.contains(death)));
+        let dead =
+            |line: &&str| line.contains(INIT_GAVE_UP) || HOST_DEATHS.iter().any(|death| line.contains(death));
+        let line = self.console.text.lines().find(dead);
         match line.map(|line| line.trim().to_string()) {
             Some(line) => Err(self.died(&format!("the lab's host died: {line}"))),
             None => Ok(()),
@@ -314,7 +313,11 @@ impl Session<'_> {
         // QEMU's warnings about features that TCG lacks are harmless and only in the way.
         let lines = self.console.text.lines().filter(|line| !line.contains("warning: TCG doesn't support"));
         let text = lines.collect::<Vec<_>>().join("\n");
-        LabError::Died { why: why.into(), console: last_lines(&text, CONSOLE_LINES) }
+        let (why, console) = (why.into(), last_lines(&text, CONSOLE_LINES));
+        match HOST_DEATHS.iter().any(|death| text.contains(death)) {
+            true => LabError::HostDied { why, console },
+            false => LabError::Died { why, console },
+        }
     }
 }
 
