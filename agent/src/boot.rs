@@ -55,6 +55,7 @@ pub fn mount_file_systems() -> Result<(), Error> {
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
     mount_new("proc", "/proc", plain, "")?;
     mount_new("sysfs", "/sys", plain, "")?;
+    hurry_grace_periods()?;
     mount_new("devtmpfs", "/dev", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=0755")?;
     null_standard_streams()?;
     // nsdelegate: a container that manages cgroups of its own cannot lift the limits of its own cgroup.
@@ -105,6 +106,13 @@ fn leave_the_first_root() -> Result<(), Error> {
         return Err(failed(std::io::Error::last_os_error()));
     }
     fchdir(tree.as_fd()).and_then(|()| chroot(".")).map_err(|e| failed(e.into()))
+}
+
+/// Lets every waiter for an RCU grace period have an expedited one. Mounting cgroup2, or without favordynmods moving
+/// the first process, waits for one, and an ordinary one takes two to three ticks of an otherwise idle guest: seen,
+/// 27 ms. Expedited it is 34,000 instructions.
+fn hurry_grace_periods() -> Result<(), Error> {
+    fs::write("/sys/kernel/rcu_expedited", "1").map_err(|e| Error::os("writing /sys/kernel/rcu_expedited", e))
 }
 
 fn mount_new(kind: &str, at: &str, flags: MsFlags, data: &str) -> Result<(), Error> {

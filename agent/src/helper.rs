@@ -109,7 +109,7 @@ impl Reports {
         loop {
             match (Record::decode(&mut self.buf), self.detail.take()) {
                 (Some(Record::Detail(text)), earlier) => {
-                    self.detail = earlier.or(Some(text));
+                    self.detail = Some(earlier.map(|e| format!("{e}; {text}")).unwrap_or(text));
                     continue;
                 }
                 (Some(Record::Failed(_)), Some(text)) => return Ok(Some(Record::Failed(text))),
@@ -171,7 +171,7 @@ impl Helper {
 /// The helper's life. It ends without destructors: what they would close or deregister is shared with the agent.
 fn run<W: FnOnce(Reporter) -> Record>(write: OwnedFd, work: W) -> ! {
     let reporter = Reporter(write.as_raw_fd());
-    crate::log::first_error_to(reporter);
+    crate::log::first_errors_to(reporter);
     let record = catch_unwind(AssertUnwindSafe(|| work(reporter)))
         .unwrap_or_else(|_| Record::Failed("the helper process panicked; the guest's log says where".into()));
     reporter.send(&record);

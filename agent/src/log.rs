@@ -11,15 +11,18 @@ use tracing::level_filters::LevelFilter;
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::helper::{self, Reporter};
+use crate::helper::{Record, Reporter};
 
 /// Longest record the kernel takes is 1024 bytes with its own prefix; longer ones are refused whole.
 const RECORD_MAX: usize = 976;
+/// How many logged errors explain a failure.
+const ERRORS_TOLD: u8 = 2;
 /// LOG_ERR of syslog(2).
 const PRIORITY_ERROR: u8 = 3;
 
 static KMSG: OnceLock<File> = OnceLock::new();
-static FIRST_ERROR_TO: Mutex<Option<Reporter>> = Mutex::new(None);
+/// Whom to tell errors, and how many more.
+static ERRORS_TO: Mutex<Option<(Reporter, u8)>> = Mutex::new(None);
 
 fn kmsg() -> Option<&'static File> {
     if let Some(file) = KMSG.get() {
@@ -46,11 +49,11 @@ pub fn fatal(message: &str) {
     record(0, message.as_bytes());
 }
 
-/// In a helper process: the first error that is logged, which is the one nearest to the cause, also goes to the
-/// agent. libcontainer's error values say less than what it logs.
-pub fn first_error_to(reporter: Reporter) {
-    if let Ok(mut slot) = FIRST_ERROR_TO.lock() {
-        *slot = Some(reporter);
+/// In a helper process: the first errors that are logged also go to the agent. libcontainer's error values say less
+/// than what it logs on the way: the first record has the object, the second the kernel's answer.
+pub fn first_errors_to(reporter: Reporter) {
+    if let Ok(mut slot) = ERRORS_TO.lock() {
+        *slot = Some((reporter, ERRORS_TOLD));
     }
 }
 
@@ -67,21 +70,29 @@ fn record(priority: u8, message: &[u8]) {
     let _ = file.write_all(&line);
 }
 
+fn tell_error(text: &[u8]) {
+    let Ok(mut slot) = ERRORS_TO.lock() else { return };
+    if let Some((reporter, left @ 1..)) = &mut *slot {
+        *left -= 1;
+        reporter.send(&Record::Detail(String::from_utf8_lossy(text.trim_ascii()).into_owned()));
+    }
+}
+
 /// Makes writers for tracing's formatter, which hands each event over in one write.
 struct Kmsg;
 
 /// Writes records of one priority, in syslog(2)'s numbers.
-struct Record(u8);
+struct Line(u8);
 
 impl<'a> MakeWriter<'a> for Kmsg {
-    type Writer = Record;
+    type Writer = Line;
 
-    fn make_writer(&'a self) -> Record {
-        Record(6)
+    fn make_writer(&'a self) -> Line {
+        Line(6)
     }
 
-    fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> Record {
-        Record(match *metadata.level() {
+    fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> Line {
+        Line(match *metadata.level() {
             Level::ERROR => PRIORITY_ERROR,
             Level::WARN => 4,
             Level::INFO => 6,
@@ -90,13 +101,10 @@ impl<'a> MakeWriter<'a> for Kmsg {
     }
 }
 
-impl Write for Record {
+impl Write for Line {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         if self.0 == PRIORITY_ERROR {
-            if let Some(reporter) = FIRST_ERROR_TO.lock().ok().and_then(|mut slot| slot.take()) {
-                let text = String::from_utf8_lossy(buf.trim_ascii()).into_owned();
-                reporter.send(&helper::Record::Detail(text));
-            }
+            tell_error(buf);
         }
         record(self.0, buf);
         Ok(buf.len())

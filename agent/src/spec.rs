@@ -185,3 +185,113 @@ fn refuse_notify(seccomp: &LinuxSeccomp) -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn config() -> Value {
+        json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "/run/stockade/share/c/rootfs"},
+            "process": {"cwd": "/", "args": ["sh"], "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"]},
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]}
+        })
+    }
+
+    fn adapted(config: &Value) -> Result<Adapted, String> {
+        adapt(config.to_string().as_bytes(), "/stockade/c").map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn what_the_agent_does_itself_is_kept_from_libcontainer() {
+        let mut config = config();
+        config["linux"]["resources"] = json!({"pids": {"limit": 5}});
+        config["linux"]["sysctl"] =
+            json!({"net.ipv4.ip_unprivileged_port_start": "0", "kernel.msgmax": "65536"});
+        let adapted = adapted(&config).unwrap();
+        let linux = adapted.spec.linux().as_ref().unwrap();
+        assert!(linux.resources().is_none());
+        assert_eq!(linux.cgroups_path().as_deref(), Some(std::path::Path::new("/stockade/c")));
+        assert_eq!(linux.sysctl().as_ref().unwrap().keys().collect::<Vec<_>>(), ["kernel.msgmax"]);
+        assert_eq!(adapted.network_sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
+        assert_eq!(adapted.resources.unwrap().pids().unwrap().limit(), 5);
+        assert!(adapted.own_pid_namespace);
+    }
+
+    #[test]
+    fn a_shared_pid_namespace_is_not_its_own() {
+        let mut config = config();
+        config["linux"]["namespaces"] = json!([{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "mount"}]);
+        assert!(!adapted(&config).unwrap().own_pid_namespace);
+        config["linux"]["namespaces"] = json!([{"type": "mount"}]);
+        assert!(!adapted(&config).unwrap().own_pid_namespace);
+    }
+
+    #[test]
+    fn a_process_does_not_inherit_from_the_agent() {
+        let adapted = adapted(&config()).unwrap();
+        let process = adapted.spec.process().as_ref().unwrap();
+        assert_eq!(process.oom_score_adj(), Some(0));
+        assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", "HOME=/"]);
+        assert!(adapted.process.wants_home);
+        let mut config = config();
+        config["process"]["oomScoreAdj"] = json!(500);
+        config["process"]["noNewPrivileges"] = json!(false);
+        config["process"]["env"] = json!(["HOME=/here"]);
+        let adapted = super::tests::adapted(&config).unwrap();
+        let process = adapted.spec.process().as_ref().unwrap();
+        assert_eq!((process.oom_score_adj(), process.no_new_privileges()), (Some(500), None));
+        assert_eq!(process.env().as_ref().unwrap(), &["HOME=/here"]);
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused_by_name() {
+        for (pointer, value, named) in [
+            ("/ociVersion", json!("2.0.0"), "ociVersion"),
+            ("/root/path", json!("rootfs"), "root.path"),
+            ("/process/args", json!([]), "process.args"),
+            ("/process/cwd", json!("tmp"), "process.cwd"),
+            ("/process/selinuxLabel", json!("a:b"), "process.selinuxLabel"),
+            ("/process/apparmorProfile", json!("docker-default"), "process.apparmorProfile"),
+            ("/linux/mountLabel", json!("a:b"), "linux.mountLabel"),
+            ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt"),
+            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "linux.seccomp"),
+            ("/hooks", json!({"prestart": [{"path": "/bin/true"}]}), "hooks.prestart"),
+            (
+                "/mounts",
+                json!([{"destination": "/v", "type": "bind", "source": "/s", "options": ["rbind", "rshared"]}]),
+                "mount \"/v\"",
+            ),
+        ] {
+            let mut config = config();
+            let (parent, key) = pointer.rsplit_once('/').unwrap();
+            config.pointer_mut(parent).unwrap()[key] = value;
+            let error = adapted(&config).err().unwrap_or_default();
+            assert!(error.contains(named), "{pointer}: {error:?}");
+        }
+        assert!(adapt(b"{", "/stockade/c").is_err());
+    }
+
+    #[test]
+    fn an_exec_is_lent_what_seccomp_needs_and_no_more() {
+        let process = |no_new_privileges: bool| -> Process {
+            serde_json::from_value(json!({
+                "cwd": "/", "args": ["sh"], "user": {"uid": 0, "gid": 0}, "noNewPrivileges": no_new_privileges,
+                "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"]}
+            }))
+            .unwrap()
+        };
+        let mut lent = process(false);
+        let wanted = lend_sys_admin(&mut lent).unwrap();
+        assert_eq!(Some(&wanted), process(false).capabilities().as_ref());
+        let capabilities = lent.capabilities().as_ref().unwrap();
+        assert!(capabilities.effective().as_ref().unwrap().contains(&Capability::SysAdmin));
+        assert!(!capabilities.bounding().as_ref().unwrap().contains(&Capability::SysAdmin));
+        let mut alone = process(true);
+        assert!(lend_sys_admin(&mut alone).is_none());
+        assert_eq!(alone, process(true));
+    }
+}

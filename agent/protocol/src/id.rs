@@ -1,7 +1,7 @@
 //! Ids of containers and execs: one rule for both sides.
 
-/// Longest id in bytes, as other runtimes have it.
-pub const ID_MAX: usize = 1024;
+/// Longest id in bytes: an id names directories, cgroups among them, and a file name has at most 255 (NAME_MAX).
+pub const ID_MAX: usize = 255;
 
 /// An id that cannot be used. The text does not repeat the id, which may be long or unprintable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

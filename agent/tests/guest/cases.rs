@@ -57,6 +57,7 @@ pub async fn run() {
         a_reader_that_stops_blocks_only_its_writer,
         the_agent_survives,
         nothing_is_left,
+        what_a_container_costs,
     );
 }
 
@@ -451,4 +452,30 @@ async fn nothing_is_left(agent: &AgentClient) {
     }
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(count() <= before, "descriptors: {before} before, {} after", count());
+}
+
+/// Prints figures, which mean something under `-icount`, where one instruction is a fixed time of the counter.
+async fn what_a_container_costs(agent: &AgentClient) {
+    let config = args_config(&["echo", "hello"]);
+    for round in 0..4 {
+        let output = read_all(open(Stream::Stdout, "cost", ""));
+        let mut t = [0; 5];
+        t[0] = ticks();
+        create(agent, "cost", &config, only_stdout()).await.expect("create");
+        t[1] = ticks();
+        start(agent, "cost").await.expect("start");
+        t[2] = ticks();
+        wait(agent, "cost", "").await;
+        t[3] = ticks();
+        delete(agent, "cost", false).await.expect("delete");
+        t[4] = ticks();
+        assert_eq!(text(output), "hello\n");
+        let steps: Vec<u64> = t.windows(2).map(|w| (w[1] - w[0]) / 1000).collect();
+        say(&format!("round {round}: thousands of ticks to create, start, wait, delete: {steps:?}"));
+    }
+}
+
+fn ticks() -> u64 {
+    // SAFETY: reads a counter.
+    unsafe { std::arch::x86_64::_rdtsc() }
 }
