@@ -29,6 +29,10 @@ const FILE_SYSTEMS: [&str; 14] = [
     "devtmpfs",
 ];
 
+/// How the names of sysctls begin that a namespace of the container has for itself (sysctl(5), namespaces(7)).
+const SYSCTLS: [&str; 7] =
+    ["kernel.msg", "kernel.sem", "kernel.shm", "kernel.domainname", "kernel.hostname", "fs.mqueue.", "net."];
+
 /// Checks everything that needs no look at the host.
 pub fn check(spec: &Spec) -> Result<(), Error> {
     check_version(spec.version())?;
@@ -170,6 +174,14 @@ fn check_linux(spec: &Spec) -> Result<(), Error> {
             return unsupported(&format!("linux.namespaces[{index}].path ({name})"), reason);
         }
     }
+    for name in linux.sysctl().iter().flat_map(|all| all.keys()) {
+        // The kernel takes both ways to write a name.
+        let dotted = name.replace('/', ".");
+        if !SYSCTLS.iter().any(|start| dotted.starts_with(start)) {
+            let reason = "it is no property of a container's namespaces; remove it";
+            return unsupported(&format!("linux.sysctl {name}"), reason);
+        }
+    }
     if let Some(seccomp) = linux.seccomp() {
         let notifies = seccomp.default_action() == LinuxSeccompAction::ScmpActNotify
             || seccomp
@@ -285,6 +297,7 @@ mod tests {
                 "linux.namespaces[1].type",
             ),
             (json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}}}), "linux.seccomp"),
+            (json!({"linux": {"sysctl": {"kernel.panic": "1"}}}), "linux.sysctl kernel.panic"),
             (json!({"linux": {"intelRdt": {"closID": "x"}}}), "linux.intelRdt"),
             (json!({"linux": {"mountLabel": "x"}}), "linux.mountLabel"),
             (json!({"hooks": {"createContainer": [{"path": "/bin/true"}]}}), "hooks.createContainer"),
