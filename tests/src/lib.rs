@@ -1,3 +1,4 @@
 //! What the black-box suites and the benchmarks stand on. The suites themselves are in `tests/tests`.
 
+pub mod bench;
 pub mod lab;
