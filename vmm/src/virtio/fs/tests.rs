@@ -32,6 +32,7 @@ const FSYNC: u32 = 20;
 const SETXATTR: u32 = 21;
 const GETXATTR: u32 = 22;
 const LISTXATTR: u32 = 23;
+const FLUSH: u32 = 25;
 const INIT: u32 = 26;
 const OPENDIR: u32 = 27;
 const READDIR: u32 = 28;
@@ -215,6 +216,20 @@ fn a_file_is_found_opened_and_read() {
     mount.call(RELEASE, node, &release).unwrap();
     assert_eq!(mount.read(node, handle, 0, 1), Err(libc::EBADF));
     assert_eq!(mount.lookup(ROOT, "absent"), Err(libc::ENOENT));
+}
+
+#[test]
+fn only_closing_a_file_that_could_be_written_costs_a_request() {
+    let mut mount = Mount::new();
+    mount.write("file", b"content");
+    let (node, _) = mount.lookup(ROOT, "file").unwrap();
+    for (flags, no_flush) in [(libc::O_RDONLY, 1), (libc::O_RDWR, 0), (libc::O_WRONLY, 0)] {
+        let reply = mount.call(OPEN, node, &words(&[flags as u32, 0])).unwrap();
+        // FOPEN_NOFLUSH
+        assert_eq!(u32s(&reply)[2] >> 5 & 1, no_flush);
+        let flush = [&reply[..8], &[0; 16]].concat();
+        mount.call(FLUSH, node, &flush).unwrap();
+    }
 }
 
 #[test]
