@@ -8,6 +8,7 @@ use super::runtimes::{self, Bundle, Runtime};
 use super::{Context, Plan, result::Results};
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 
 const CASE: &str = "run-echo-exits";
@@ -72,8 +73,10 @@ impl Counter {
         Ok(counter)
     }
 
+    /// Adds to what is set: opening the file truncated would remove all triggers (Linux, trace/events.rst).
     fn trigger(&self, text: &str) -> Result<(), String> {
-        fs::write(self.folder.join("trigger"), text).or_say(format!("set the trigger {text}"))
+        let file = fs::File::options().append(true).open(self.folder.join("trigger"));
+        file.and_then(|mut file| file.write_all(text.as_bytes())).or_say(format!("set the trigger {text}"))
     }
 
     fn clear(&self) -> Result<(), String> {
