@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 /// What time means in the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Clock {
-    /// The build machine's own time, with two CPUs: for tests.
+    /// The build machine's own time: for tests.
     #[default]
     Fast,
     /// One CPU on which each instruction takes 2 ns of the lab's time, so that times are instruction counts:
@@ -98,8 +98,6 @@ fn arguments(hardware: &Hardware, console: RawFd, link: RawFd) -> Vec<String> {
     // -cpu max would make guests of guests stall; see the notes in `super`.
     add("-M q35 -cpu EPYC -nodefaults -no-user-config -display none -no-reboot");
     match hardware.clock {
-        // One thread for all CPUs. With one each, QEMU 7.2 loses what one CPU changed under another (patched code,
-        // nested page tables): host kernels and guests died in one of some fifty VM starts.
         Clock::Fast => add("-accel tcg,thread=single"),
         Clock::Virtual => add("-accel tcg,thread=single -icount shift=1,sleep=off"),
     }
