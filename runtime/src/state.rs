@@ -89,6 +89,9 @@ pub struct State {
     /// The bundle's annotations.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
+    /// Why its sandbox ended before the workload did, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
     /// Hooks that `delete` runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub poststop: Vec<Hook>,
@@ -329,6 +332,7 @@ mod tests {
             created: "2026-01-01T00:00:00Z".into(),
             owner: 0,
             annotations: BTreeMap::from([("k".into(), "v".into())]),
+            error: None,
             poststop: Vec::new(),
         }
     }

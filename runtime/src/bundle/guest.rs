@@ -154,11 +154,11 @@ mod tests {
             "hooks": {"poststop": [{"path": "/bin/true"}]},
             "linux": {
                 "cgroupsPath": "system.slice:docker:abc",
-                "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "mount"}],
+                "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "uts"}],
             },
         }));
         assert_eq!(spec.get("hooks"), None);
         assert_eq!(spec["linux"]["cgroupsPath"], "/c1");
-        assert_eq!(spec["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "mount"}]));
+        assert_eq!(spec["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "uts"}]));
     }
 }

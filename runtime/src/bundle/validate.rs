@@ -29,10 +29,6 @@ const FILE_SYSTEMS: [&str; 14] = [
     "devtmpfs",
 ];
 
-/// How the names of sysctls begin that a namespace of the container has for itself (sysctl(5), namespaces(7)).
-const SYSCTLS: [&str; 7] =
-    ["kernel.msg", "kernel.sem", "kernel.shm", "kernel.domainname", "kernel.hostname", "fs.mqueue.", "net."];
-
 /// Checks everything that needs no look at the host.
 pub fn check(spec: &Spec) -> Result<(), Error> {
     check_version(spec.version())?;
@@ -174,12 +170,13 @@ fn check_linux(spec: &Spec) -> Result<(), Error> {
             return unsupported(&format!("linux.namespaces[{index}].path ({name})"), reason);
         }
     }
-    for name in linux.sysctl().iter().flat_map(|all| all.keys()) {
-        // The kernel takes both ways to write a name.
-        let dotted = name.replace('/', ".");
-        if !SYSCTLS.iter().any(|start| dotted.starts_with(start)) {
-            let reason = "it is no property of a container's namespaces; remove it";
-            return unsupported(&format!("linux.sysctl {name}"), reason);
+    for name in linux.sysctl().iter().flat_map(|sysctls| sysctls.keys()) {
+        check_sysctl(name, &seen)?;
+    }
+    for (field, set) in [("hostname", spec.hostname().is_some()), ("domainname", spec.domainname().is_some())]
+    {
+        if set && !seen.contains(&LinuxNamespaceType::Uts) {
+            return unsupported(field, "it needs a uts namespace: add one to linux.namespaces");
         }
     }
     if let Some(seccomp) = linux.seccomp() {
@@ -214,6 +211,42 @@ fn check_linux(spec: &Spec) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Only what belongs to a namespace of the container can be set for the container, as other runtimes have it.
+fn check_sysctl(name: &str, namespaces: &[LinuxNamespaceType]) -> Result<(), Error> {
+    const IPC: [&str; 8] = [
+        "kernel.msgmax",
+        "kernel.msgmnb",
+        "kernel.msgmni",
+        "kernel.sem",
+        "kernel.shmall",
+        "kernel.shmmax",
+        "kernel.shmmni",
+        "kernel.shm_rmid_forced",
+    ];
+    // The kernel takes both ways to write a name.
+    let dotted = name.replace('/', ".");
+    let namespace = match dotted.as_str() {
+        // The VM's own network is the container's.
+        name if name.starts_with("net.") => return Ok(()),
+        name if IPC.contains(&name) || name.starts_with("fs.mqueue.") => LinuxNamespaceType::Ipc,
+        "kernel.domainname" => LinuxNamespaceType::Uts,
+        name if name.starts_with("user.") => LinuxNamespaceType::User,
+        _ => {
+            return unsupported(
+                &format!("linux.sysctl {name}"),
+                "it is no property of a container's namespaces; remove it",
+            );
+        }
+    };
+    match namespaces.contains(&namespace) {
+        true => Ok(()),
+        false => unsupported(
+            &format!("linux.sysctl {name}"),
+            "its namespace is not in linux.namespaces; add it there",
+        ),
+    }
 }
 
 fn check_hooks(spec: &Spec) -> Result<(), Error> {
@@ -298,6 +331,9 @@ mod tests {
             ),
             (json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}}}), "linux.seccomp"),
             (json!({"linux": {"sysctl": {"kernel.panic": "1"}}}), "linux.sysctl kernel.panic"),
+            (json!({"linux": {"sysctl": {"kernel.no_such_knob": "1"}}}), "linux.sysctl kernel.no_such_knob"),
+            (json!({"linux": {"sysctl": {"user.max_user_namespaces": "1"}}}), "linux.sysctl user.max"),
+            (json!({"linux": {"namespaces": []}}), "hostname"),
             (json!({"linux": {"intelRdt": {"closID": "x"}}}), "linux.intelRdt"),
             (json!({"linux": {"mountLabel": "x"}}), "linux.mountLabel"),
             (json!({"hooks": {"createContainer": [{"path": "/bin/true"}]}}), "hooks.createContainer"),
@@ -322,6 +358,7 @@ mod tests {
                 {"destination": "/host", "source": "/etc", "options": ["rbind", "ro"]},
                 {"destination": "/relative", "type": "none", "source": "rootfs", "options": ["bind"]},
             ],
+            "linux": {"sysctl": {"net.ipv4.ip_unprivileged_port_start": "0", "kernel/msgmax": "9", "fs.mqueue.x": "1"}},
             "hooks": {"createContainer": [], "prestart": [{"path": "/bin/true", "args": ["true"]}]},
         }))
         .1

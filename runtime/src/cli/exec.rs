@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use oci_spec::runtime::{Capability, Process, User};
 
-use super::{Error, Global, Outcome, open, refuse_preserved};
+use super::{Error, Global, Outcome, open, refuse_preserved, stopped};
 use crate::bundle;
 use crate::sandbox::control::Conversation;
 use crate::sandbox::{self, attach, launch};
@@ -18,7 +18,7 @@ pub fn exec(global: &Global, args: liboci_cli::Exec) -> Outcome {
     }
     let (dir, state) = open(global, &args.container_id)?;
     if state.status() == Status::Stopped {
-        return Err(Error::Refused("cannot exec in a stopped container".into()));
+        return Err(stopped("cannot exec in a stopped container", &state));
     }
     let process = process(&state, &args)?;
     bundle::check_process(&process)?;
@@ -143,6 +143,7 @@ mod tests {
             created: String::new(),
             owner: 0,
             annotations: Default::default(),
+            error: None,
             poststop: Vec::new(),
         }
     }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 use nix::sys::signal::Signal;
 
-use super::{Error, Global, Outcome, ask, open};
+use super::{Error, Global, Outcome, ask, open, stopped};
 use crate::sandbox::control::Request;
 
 /// Real-time signals reach up to here (signal(7)).
@@ -31,12 +31,12 @@ pub fn kill(global: &Global, args: Kill) -> Outcome {
             args.signal
         ))
     })?;
-    let (dir, _) = open(global, &args.container_id)?;
+    let (dir, state) = open(global, &args.container_id)?;
     match ask(&dir, &Request::Kill { signal, all: args.all })? {
         Some(_) => Ok(ExitCode::SUCCESS),
         // All of no processes have been signalled.
         None if args.all => Ok(ExitCode::SUCCESS),
-        None => Err(Error::Refused("container not running".into())),
+        None => Err(stopped("container not running", &state)),
     }
 }
 

@@ -174,6 +174,14 @@ fn open(global: &Global, id: &str) -> Result<(StateDir, State), Error> {
     Ok((dir, state))
 }
 
+/// An operation that needs a container that lives, and why this one does not.
+fn stopped(what: &str, state: &State) -> Error {
+    Error::Refused(match &state.error {
+        Some(error) => format!("{what}: {error}"),
+        None => what.into(),
+    })
+}
+
 /// Asks a container's supervisor; `None` when it has none.
 fn ask(dir: &StateDir, request: &Request) -> Result<Option<(Reply, Vec<std::os::fd::OwnedFd>)>, Error> {
     let talk = match Conversation::connect(dir) {

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::{Error, Global, Outcome, ask, open};
+use super::{Global, Outcome, ask, open, stopped};
 use crate::sandbox::control::Request;
 
 pub fn pause(global: &Global, args: liboci_cli::Pause) -> Outcome {
@@ -13,10 +13,10 @@ pub fn resume(global: &Global, args: liboci_cli::Resume) -> Outcome {
     send(global, &args.container_id, &Request::Resume, "container not paused")
 }
 
-fn send(global: &Global, id: &str, request: &Request, stopped: &str) -> Outcome {
-    let (dir, _) = open(global, id)?;
+fn send(global: &Global, id: &str, request: &Request, otherwise: &str) -> Outcome {
+    let (dir, state) = open(global, id)?;
     match ask(&dir, request)? {
         Some(_) => Ok(ExitCode::SUCCESS),
-        None => Err(Error::Refused(stopped.into())),
+        None => Err(stopped(otherwise, &state)),
     }
 }

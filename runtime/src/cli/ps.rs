@@ -1,7 +1,7 @@
 //! `stockade ps`: the container's processes. Their pids are those of the guest.
 
 use super::list::columns;
-use super::{Error, Global, Outcome, ask, open, print};
+use super::{Error, Global, Outcome, ask, open, print, stopped};
 use crate::sandbox::control::{ProcessInfo, Request, read_attachment};
 
 pub fn ps(global: &Global, args: liboci_cli::Ps) -> Outcome {
@@ -11,9 +11,8 @@ pub fn ps(global: &Global, args: liboci_cli::Ps) -> Outcome {
                 .into(),
         ));
     }
-    let (dir, _) = open(global, &args.container_id)?;
-    let (_, fds) =
-        ask(&dir, &Request::Processes)?.ok_or_else(|| Error::Refused("container not running".into()))?;
+    let (dir, state) = open(global, &args.container_id)?;
+    let (_, fds) = ask(&dir, &Request::Processes)?.ok_or_else(|| stopped("container not running", &state))?;
     let bytes = read_attachment(fds).map_err(Error::io("read the list of processes"))?;
     let list: Vec<ProcessInfo> = serde_json::from_slice(&bytes)
         .map_err(|e| Error::Io("read the list of processes".into(), e.into()))?;

@@ -2,13 +2,13 @@
 
 use std::process::ExitCode;
 
-use super::{Error, Global, Outcome, ask, open};
+use super::{Global, Outcome, ask, open, stopped};
 use crate::sandbox::control::Request;
 
 pub fn start(global: &Global, args: liboci_cli::Start) -> Outcome {
-    let (dir, _) = open(global, &args.container_id)?;
+    let (dir, state) = open(global, &args.container_id)?;
     match ask(&dir, &Request::Start)? {
         Some(_) => Ok(ExitCode::SUCCESS),
-        None => Err(Error::Refused("cannot start a container that has stopped".into())),
+        None => Err(stopped("cannot start a container that has stopped", &state)),
     }
 }

@@ -17,6 +17,9 @@ pub struct Shown<'a> {
     pub bundle: String,
     rootfs: String,
     pub created: &'a str,
+    /// Not in runc's state: why the sandbox ended before its workload.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
     #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
     annotations: &'a std::collections::BTreeMap<String, String>,
     pub owner: String,
@@ -33,6 +36,7 @@ impl<'a> From<&'a State> for Shown<'a> {
             bundle: state.bundle.display().to_string(),
             rootfs: state.rootfs.display().to_string(),
             created: &state.created,
+            error: state.error.as_deref(),
             annotations: &state.annotations,
             owner: match state.owner {
                 0 => "root".into(),

@@ -222,7 +222,7 @@ pub fn run(
     let (supervisor, result) = outcome?;
     stdio.restore();
 
-    supervisor.end(share, &reservation, mode);
+    supervisor.end(share, &reservation, mode, result.as_ref().err());
     result
 }
 
@@ -272,6 +272,7 @@ fn first_state(id: &str, bundle: &Bundle, vmm: &Vmm) -> Result<State, Error> {
         created: crate::clock::now_rfc3339(),
         owner: nix::unistd::getuid().as_raw(),
         annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect::<BTreeMap<_, _>>(),
+        error: None,
         poststop: bundle.spec.hooks().as_ref().and_then(|h| h.poststop().clone()).unwrap_or_default(),
     })
 }

@@ -427,10 +427,11 @@ impl Supervisor {
     }
 
     /// Ends the VM and leaves what this mode leaves. The exit is known by now: whatever fails here is logged.
-    pub(super) fn end(&self, share: Share, reservation: &Reservation, mode: Mode) {
+    pub(super) fn end(&self, share: Share, reservation: &Reservation, mode: Mode, error: Option<&Error>) {
         self.vmm.kill();
         self.timeline.mark("vmm_killed");
         drop(share);
+        self.state.borrow_mut().error = error.map(Error::to_string);
         if reservation.is_kept() {
             if let Err(e) = self.set_status(Status::Stopped) {
                 tracing::warn!("{e}");
