@@ -3,7 +3,7 @@
 //! PSS counts a page that n processes share as one n-th, so the sum over processes is what they take. For a
 //! VM it is split into the guest's memory, as far as the guest has touched it, and everything else.
 
-use super::runtimes::{self, Bundle, Runtime, readable};
+use super::runtimes::{Bundle, Runtime, readable_in_time};
 use super::{Context, Plan, result::Results};
 use std::collections::BTreeMap;
 use std::fs;
@@ -54,8 +54,7 @@ fn one(runtime: &Runtime, bundle: &Bundle) -> Result<Pss, String> {
         .or_say(format!("run {}", runtime.name))?;
     drop(command);
     let mut ready = [0; 6];
-    let came = readable(&output, runtimes::limit())?
-        && output.read(&mut ready).or_say("wait for the container")? > 0;
+    let came = readable_in_time(&output)? && output.read(&mut ready).or_say("wait for the container")? > 0;
     std::thread::sleep(SETTLE);
     let pss = came.then(|| pss_of_tree(child.id())).transpose();
     runtime.remove(child, id);
