@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// What time means in the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -73,6 +74,17 @@ impl Machine {
             source,
         })?;
         Ok(Machine { child, console, link })
+    }
+
+    /// For how long QEMU's threads could have run but had no CPU of the build machine, all together.
+    pub fn starved(&self) -> Duration {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        // schedstat: nanoseconds on a CPU, nanoseconds in its queue, times on it.
+        let waited = |task: std::fs::DirEntry| {
+            let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+            text.split(' ').nth(1)?.parse::<u64>().ok()
+        };
+        Duration::from_nanos(tasks.into_iter().flatten().flatten().filter_map(waited).sum())
     }
 }
 

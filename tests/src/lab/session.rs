@@ -22,6 +22,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// A host that takes longer to come up than this is not going to.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
+/// The same where the build machine has no CPU to spare for it: time in which QEMU only waits for one does not
+/// count, but not for ever.
+const STARVED_BOOT_LIMIT: Duration = Duration::from_secs(300);
 /// How long the console is still read after QEMU or the link has ended, for the last words.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Lines of the console that an error shows.
@@ -86,10 +89,7 @@ impl Lab {
     /// exit code (128 + n when signal n ended it). Builds the image first if it is not there yet.
     pub fn run(&self, argv: &[String]) -> Result<i32, LabError> {
         let image = image::ensure()?;
-        let scratch = tempfile::Builder::new()
-            .prefix("stockade-lab-")
-            .tempdir_in("/var/tmp")
-            .map_err(io_error("make a temporary folder"))?;
+        let scratch = make_scratch().map_err(io_error("make a temporary folder"))?;
         let initrd = scratch.path().join("initrd.img");
         let init = std::env::current_exe().map_err(io_error("find this executable"))?;
         initrd::write(&initrd, &init, &image.modules()).map_err(io_error("write the lab's initrd"))?;
@@ -140,6 +140,22 @@ impl Lab {
 const KERNEL_ARGUMENTS: &str =
     "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 oops=panic nowatchdog nosoftlockup";
 
+/// Where the temporary folders of runs are: their images are too big for a /tmp in memory.
+const SCRATCH: &str = "/var/tmp";
+
+/// A folder for one run's images. Takes away those of runs that were killed before they could.
+fn make_scratch() -> io::Result<tempfile::TempDir> {
+    let prefix = "stockade-lab-";
+    for entry in std::fs::read_dir(SCRATCH)?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(prefix).and_then(|rest| rest.split_once('-')).map(|(pid, _)| pid);
+        if owner.is_some_and(|pid| !std::path::Path::new("/proc").join(pid).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+    tempfile::Builder::new().prefix(&format!("{prefix}{}-", std::process::id())).tempdir_in(SCRATCH)
+}
+
 struct Console {
     text: String,
     log: Option<File>,
@@ -189,7 +205,14 @@ impl Session<'_> {
     fn check_time(&mut self) -> Result<(), LabError> {
         let elapsed = self.started.elapsed();
         if self.up.is_none() && elapsed > BOOT_LIMIT {
-            return Err(self.died(&format!("the lab did not come up within {} s", BOOT_LIMIT.as_secs())));
+            let starved = self.machine.starved();
+            if elapsed > STARVED_BOOT_LIMIT || elapsed.saturating_sub(starved) > BOOT_LIMIT {
+                let (elapsed, starved) = (elapsed.as_secs(), starved.as_secs());
+                let why = format!(
+                    "the lab did not come up within {elapsed} s, in {starved} s of which it waited for a CPU"
+                );
+                return Err(self.died(&why));
+            }
         }
         if elapsed > self.lab.limit {
             let limit = self.lab.limit.as_secs();
@@ -290,7 +313,8 @@ impl Session<'_> {
         if self.out.is_none() {
             std::fs::create_dir_all(folder)?;
             let mut tar = Command::new("tar");
-            tar.arg("-C").arg(folder).args(["--no-same-owner", "-xf", "-"]).stdin(Stdio::piped());
+            // The lab's clock may be ahead: its times mean nothing here.
+            tar.arg("-C").arg(folder).args(["--no-same-owner", "--touch", "-xf", "-"]).stdin(Stdio::piped());
             let mut child = tar.spawn()?;
             let archive = child.stdin.take().ok_or_else(|| io::Error::other("no pipe to tar"))?;
             self.out = Some((child, archive));
