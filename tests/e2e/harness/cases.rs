@@ -3,7 +3,7 @@
 //! An exclusive case owns the machine while it runs, so whatever is there afterwards and was not before is its
 //! own leak: that is checked after each of them.
 
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock};
 
 use libtest_mimic::{Failed, Trial};
 
@@ -61,29 +61,25 @@ fn guarded(body: fn()) -> Result<(), Failed> {
 }
 
 /// Turns the cases into what the test harness runs, the exclusive ones last so that they do not make the others
-/// wait, and adds a last one that looks at what all of them together left.
+/// wait.
 pub fn into_trials(cases: &[Case]) -> Vec<Trial> {
-    static BEGIN: Mutex<Option<Traces>> = Mutex::new(None);
-    *BEGIN.lock().unwrap_or_else(PoisonError::into_inner) = Some(Traces::now());
-    const LAST: Case = Case::new("e2e::zz_all_cases_together_left_nothing", || {
-        let begin = BEGIN.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let outcome = begin.expect("taken once").assert_nothing_new();
-        if let Err(failed) = outcome {
-            panic!("{}", failed.message().unwrap_or_default());
-        }
-    })
-    .exclusive();
     let foreign = !Runtime::under_test().is_stockade();
     let mut cases = cases.to_vec();
     cases.sort_by_key(|case| (case.exclusive, case.name));
-    cases.push(LAST);
     cases
         .into_iter()
         .map(|case| (case, case.name.split_once("::").map_or(case.name, |(_, rest)| rest)))
-        .filter(|(case, name)| case.name == LAST.name || parts::is_asked_for(name))
+        .filter(|(_, name)| parts::is_asked_for(name))
         .map(|(case, name)| {
             let ignored = foreign && case.stockade_only.is_some();
             Trial::test(name, move || case.run()).with_ignored_flag(ignored)
         })
         .collect()
+}
+
+/// Looks at what all cases together left, when the last has ended: a failure of its own.
+pub fn leave_nothing(before: &Traces) -> bool {
+    let Err(failed) = before.assert_nothing_new() else { return true };
+    println!("test all_cases_together_leave_nothing ... FAILED\n{}", failed.message().unwrap_or_default());
+    false
 }

@@ -15,7 +15,7 @@ mod stream;
 mod terminal;
 
 pub use bundle::{Bundle, Rootfs, host_scratch};
-pub use cases::{Case, into_trials};
+pub use cases::{Case, into_trials, leave_nothing};
 pub use leaks::Traces;
 pub use parts::run_in_labs;
 pub use program::{Ended, Exit, Program, Stdin, wait_gone};
