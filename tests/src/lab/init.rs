@@ -237,6 +237,15 @@ fn serve(mut port: File, link: &Link) -> Step<i32> {
     let now = nix::sys::time::TimeSpec::new(start.now as i64, 0);
     nix::time::clock_settime(nix::time::ClockId::CLOCK_REALTIME, now).or_say("set the clock")?;
 
+    if let Some(seconds) = start.alive_seconds {
+        let link = link.clone();
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_secs(seconds));
+                link.send(Kind::Alive, &[]);
+            }
+        });
+    }
     let (mut command, mut stdio) = prepare(&start)?;
     let mut input = stdio.input.take();
     let terminal = stdio.terminal.take();

@@ -35,12 +35,14 @@ pub enum Kind {
     Exit = 20,
     /// From the lab: it cannot go on; one line that says why.
     Failed = 21,
+    /// From the lab, every [`Start::alive_seconds`]: its clock and its link work. Empty.
+    Alive = 22,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Kind> {
         use Kind::*;
-        [Start, Stdin, StdinEof, Resize, Ready, Stdout, Stderr, Out, Exit, Failed]
+        [Start, Stdin, StdinEof, Resize, Ready, Stdout, Stderr, Out, Exit, Failed, Alive]
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }
@@ -57,6 +59,8 @@ pub struct Start {
     pub tty: Option<(u16, u16)>,
     /// Seconds since the epoch, for the lab's clock.
     pub now: u64,
+    /// How often the lab is to say that it lives; none: never.
+    pub alive_seconds: Option<u64>,
 }
 
 /// Writes one frame; a body over [`MAX_BODY`] is split into several of the same kind.

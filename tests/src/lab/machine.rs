@@ -1,17 +1,22 @@
 //! The emulated machine: QEMU's command line for the two clocks, and the process.
 //!
 //! The process never outlives this one: it dies with the thread that made it (PR_SET_PDEATHSIG) and is
-//! killed when [`Machine`] is dropped. It holds two ends of socket pairs, the serial console and the link,
-//! and shares nothing else with this process.
+//! killed when [`Machine`] is dropped. It holds three ends of socket pairs, the serial console, the link and its
+//! monitor, and shares nothing else with this process.
 
 use super::{LabError, io_error};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+
+/// How long QEMU's monitor may be silent before it has said all.
+const MONITOR_PAUSE: Duration = Duration::from_secs(2);
+/// More than it has to say, in bytes.
+const MONITOR_MAX: u64 = 64 * 1024;
 
 /// What time means in the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,6 +48,8 @@ pub(super) struct Machine {
     pub console: UnixStream,
     /// This side of the virtio-serial port.
     pub link: UnixStream,
+    /// This side of QEMU's monitor.
+    monitor: UnixStream,
 }
 
 impl Drop for Machine {
@@ -56,24 +63,37 @@ impl Machine {
     pub fn start(hardware: &Hardware) -> Result<Machine, LabError> {
         let (console, guest_console) = UnixStream::pair().map_err(io_error("make the lab's console"))?;
         let (link, guest_link) = UnixStream::pair().map_err(io_error("make the lab's link"))?;
+        let (monitor, qemu_monitor) = UnixStream::pair().map_err(io_error("make the lab's monitor"))?;
+        let inherited: [OwnedFd; 3] = [
+            guest_console.try_clone().map_err(io_error("make the lab's console"))?.into(),
+            guest_link.into(),
+            qemu_monitor.into(),
+        ];
+        let fds = inherited.each_ref().map(AsRawFd::as_raw_fd);
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(arguments(hardware, guest_console.as_raw_fd(), guest_link.as_raw_fd()));
+        command.args(arguments(hardware, fds));
         // What QEMU itself has to say is read where the console is.
-        let complaints: OwnedFd =
-            guest_console.try_clone().map_err(io_error("make the lab's console"))?.into();
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(complaints);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(OwnedFd::from(guest_console));
         // Away from the terminal's process group: in a shell, ^C belongs to the lab.
         command.process_group(0);
         let parent = std::process::id() as i32;
-        let inherited: [OwnedFd; 2] = [guest_console.into(), guest_link.into()];
-        let fds = [inherited[0].as_raw_fd(), inherited[1].as_raw_fd()];
         // SAFETY: the closure makes only async-signal-safe calls (prctl, getppid, fcntl) on values it owns.
         unsafe { command.pre_exec(move || leave_fork(parent, &fds)) };
         let child = command.spawn().map_err(|source| LabError::Io {
             what: "run qemu-system-x86_64 (package qemu-system-x86)".into(),
             source,
         })?;
-        Ok(Machine { child, console, link })
+        Ok(Machine { child, console, link, monitor })
+    }
+
+    /// Where the emulated CPUs and their timers stand: what QEMU's monitor says.
+    pub fn registers(&mut self) -> String {
+        let _ = self.monitor.set_read_timeout(Some(MONITOR_PAUSE));
+        let _ = self.monitor.write_all(b"info registers -a\ninfo lapic\ninfo pic\n");
+        let mut text = Vec::new();
+        // It ends with the pause after the last answer.
+        let _ = Read::by_ref(&mut self.monitor).take(MONITOR_MAX).read_to_end(&mut text);
+        String::from_utf8_lossy(&text).replace('\r', "")
     }
 
     /// For how long QEMU's threads could have run but had no CPU of the build machine, all together.
@@ -88,7 +108,7 @@ impl Machine {
     }
 }
 
-/// In the child, before QEMU: die with the parent, keep the two sockets.
+/// In the child, before QEMU: die with the parent, keep the sockets.
 fn leave_fork(parent: i32, fds: &[RawFd]) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
     // The parent may be gone already.
@@ -104,7 +124,7 @@ fn leave_fork(parent: i32, fds: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
-fn arguments(hardware: &Hardware, console: RawFd, link: RawFd) -> Vec<String> {
+fn arguments(hardware: &Hardware, [console, link, monitor]: [RawFd; 3]) -> Vec<String> {
     let mut arguments: Vec<String> = Vec::new();
     let mut add = |words: &str| arguments.extend(words.split(' ').map(String::from));
     // -cpu max would make guests of guests stall; see the notes in `super`.
@@ -117,6 +137,7 @@ fn arguments(hardware: &Hardware, console: RawFd, link: RawFd) -> Vec<String> {
     add(&format!("-chardev socket,id=console,fd={console} -serial chardev:console"));
     add(&format!("-chardev socket,id=link,fd={link} -device virtio-serial-pci"));
     add("-device virtserialport,chardev=link,name=stockade.lab");
+    add(&format!("-chardev socket,id=monitor,fd={monitor} -mon chardev=monitor,mode=readline"));
     let mut drive = |id: &str, path: &Path, options: &str| {
         // A comma in a path is doubled in QEMU's option syntax.
         let path = path.display().to_string().replace(',', ",,");

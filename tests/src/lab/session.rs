@@ -25,15 +25,28 @@ const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// The same where the build machine has no CPU to spare for it: time in which QEMU only waits for one does not
 /// count, but not for ever.
 const STARVED_BOOT_LIMIT: Duration = Duration::from_secs(300);
+/// How often the lab says that it lives, where its time is the build machine's.
+const ALIVE_SECONDS: u64 = 5;
+/// After this much silence the lab gets an interrupt, which wakes a CPU that sleeps without a timer.
+const NUDGE: Duration = Duration::from_secs(30);
+/// A host that is silent for longer stands still. Time in which QEMU only waits for a CPU does not count.
+const STANDSTILL: Duration = Duration::from_secs(120);
 /// How long the console is still read after QEMU or the link has ended, for the last words.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Lines of the console that an error shows.
-const CONSOLE_LINES: usize = 40;
+const CONSOLE_LINES: usize = 60;
 /// Console text kept in memory, in bytes.
 const CONSOLE_KEPT: usize = 256 * 1024;
 /// What the host's kernel says when it is beyond help (some of these hang instead of rebooting).
-const HOST_DEATHS: [&str; 4] =
-    ["Kernel panic", "TASK stack guard page was hit", "corrupted stack end", "KVM internal error"];
+const HOST_DEATHS: [&str; 5] = [
+    "Kernel panic",
+    "TASK stack guard page was hit",
+    "corrupted stack end",
+    "KVM internal error",
+    STOOD_STILL,
+];
+/// Above what QEMU's monitor says of a host that has stopped.
+const STOOD_STILL: &str = "the host stands still; QEMU says of its CPUs:";
 /// How the lab's init begins what it says when it gives up.
 const INIT_GAVE_UP: &str = "lab init:";
 
@@ -129,6 +142,7 @@ impl Lab {
             terminal,
             started,
             up: None,
+            heard: Heard { at: started, starved: Duration::ZERO, nudged: false },
             scratch: Some(scratch),
         };
         session.go()
@@ -172,7 +186,17 @@ struct Session<'a> {
     terminal: Option<Terminal>,
     started: Instant,
     up: Option<Duration>,
+    heard: Heard,
     scratch: Option<tempfile::TempDir>,
+}
+
+/// The last sign of life.
+struct Heard {
+    at: Instant,
+    /// What [`Machine::starved`] was then.
+    starved: Duration,
+    /// Whether the lab has been nudged since.
+    nudged: bool,
 }
 
 impl Session<'_> {
@@ -214,6 +238,7 @@ impl Session<'_> {
                 return Err(self.died(&why));
             }
         }
+        self.check_pulse()?;
         if elapsed > self.lab.limit {
             let limit = self.lab.limit.as_secs();
             return Err(self.died(&format!("the command was not done within {limit} s")));
@@ -222,6 +247,28 @@ impl Session<'_> {
             self.send(Kind::Resize, &size);
         }
         Ok(())
+    }
+
+    /// A lab whose time is real says regularly that it lives.
+    fn check_pulse(&mut self) -> Result<(), LabError> {
+        if self.up.is_none() || self.lab.clock != Clock::Fast || self.heard.at.elapsed() < NUDGE {
+            return Ok(());
+        }
+        let starved = self.machine.starved().saturating_sub(self.heard.starved);
+        let silent = self.heard.at.elapsed().saturating_sub(starved);
+        if silent > NUDGE && !self.heard.nudged {
+            self.heard.nudged = true;
+            eprintln!("lab: nothing heard of the host for {} s; it gets an interrupt", silent.as_secs());
+            let _ = (&self.machine.console).write_all(b"\n");
+        }
+        match silent > STANDSTILL {
+            false => Ok(()),
+            true => {
+                let registers = self.machine.registers();
+                self.console.push(format!("\n{STOOD_STILL}\n{registers}").as_bytes());
+                Err(self.died(&format!("the host has stood still for {} s", silent.as_secs())))
+            }
+        }
     }
 
     /// Waits for input of link and console, or for the next look at the time.
@@ -255,7 +302,12 @@ impl Session<'_> {
 
     /// Acts on a frame; the exit code when it was the last.
     fn take(&mut self, kind: Kind, body: &[u8]) -> Result<Option<i32>, LabError> {
+        if self.heard.nudged {
+            eprintln!("lab: the host goes on");
+        }
+        self.heard = Heard { at: Instant::now(), starved: self.machine.starved(), nudged: false };
         match kind {
+            Kind::Alive => {}
             Kind::Ready => self.start_command()?,
             // Whoever reads this process's output may stop doing so (`| head`); the command goes on.
             Kind::Stdout => drop(io::stdout().write_all(body).and_then(|()| io::stdout().flush())),
@@ -290,7 +342,8 @@ impl Session<'_> {
             env.push(("TERM".into(), kind));
         }
         let tty = self.terminal.as_ref().map(|terminal| terminal.size);
-        let start = Start { argv: self.argv.to_vec(), env, tty, now };
+        let alive_seconds = (self.lab.clock == Clock::Fast).then_some(ALIVE_SECONDS);
+        let start = Start { argv: self.argv.to_vec(), env, tty, now, alive_seconds };
         let body =
             serde_json::to_vec(&start).map_err(|error| io_error("describe the command")(error.into()))?;
         self.send(Kind::Start, &body);
