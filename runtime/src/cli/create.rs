@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use super::{Error, Global, Outcome, refuse_preserved};
 use crate::bundle::Bundle;
 use crate::config::Settings;
-use crate::sandbox::{self, Launch, Mode, attach, launch};
+use crate::sandbox::single::{self, Launch, Mode};
+use crate::sandbox::{attach, launch};
 use crate::state;
 
 pub fn create(global: &Global, args: liboci_cli::Create, process_start_ns: u64) -> Outcome {
@@ -25,7 +26,7 @@ pub fn create(global: &Global, args: liboci_cli::Create, process_start_ns: u64) 
     };
     let pid_file = args.pid_file.clone();
     let pid = launch::leave_behind(move |ready| {
-        sandbox::run(launch, Mode::Create, move || {
+        single::run(launch, Mode::Create, move || {
             // Before the caller is told, and by the process whose pid it is: it is there when `create` returns.
             if let Some(path) = &pid_file {
                 state::write_pid_file(path, std::process::id() as i32)?;

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use super::{Error, Global, Outcome, refuse_preserved};
 use crate::bundle::Bundle;
 use crate::config::Settings;
-use crate::sandbox::{self, Launch, Mode, attach, launch};
+use crate::sandbox::single::{self, Launch, Mode};
+use crate::sandbox::{attach, launch};
 use crate::state;
 
 pub fn run(global: &Global, args: liboci_cli::Run, process_start_ns: u64) -> Outcome {
@@ -30,11 +31,11 @@ pub fn run(global: &Global, args: liboci_cli::Run, process_start_ns: u64) -> Out
     };
     if args.detach {
         launch::leave_behind(move |ready| {
-            sandbox::run(launch, Mode::RunDetached, move || write_pid().and_then(|()| ready()))
+            single::run(launch, Mode::RunDetached, move || write_pid().and_then(|()| ready()))
         })?;
         return Ok(ExitCode::SUCCESS);
     }
-    let exit = sandbox::run(launch, Mode::Run { keep: args.keep }, write_pid)?;
+    let exit = single::run(launch, Mode::Run { keep: args.keep }, write_pid)?;
     if exit.oom_killed {
         tracing::warn!("the kernel killed a process of the container: out of memory");
         eprintln!(

@@ -1,19 +1,23 @@
 //! A sandbox: one VM and the containers in it. The heart of the host side.
 //!
-//! [`run`] is the whole life of a sandbox from top to bottom, in the process that becomes its supervisor. The VMM is
-//! started as early as possible, and everything else is prepared while it boots; what the agent is to do lies ready
-//! for it in the streams before it runs. Whatever happens, what was begun is undone in the opposite order, and
-//! what is left when this process is killed is what [`crate::state::StateDir::remove`] removes.
+//! The VMM is started as early as possible, and everything else is prepared while it boots; what the agent is to do
+//! lies ready for it in the streams before it runs. A container's files can be put into the share at any time,
+//! because the VMM was started in the mount namespace in which they are mounted.
+//!
+//! [`Sandbox`] is the VM with what the host shows it. Who uses it says what runs in it and when it ends: [`single`]
+//! for the command line, whose sandboxes have one container.
 
 pub mod agent;
 pub mod attach;
-pub mod console;
+mod console;
 pub mod control;
 pub mod launch;
 mod poll;
 mod relay;
+mod reservation;
 mod share;
 pub mod signals;
+pub mod single;
 mod stdio;
 mod supervisor;
 pub mod terminal;
@@ -21,67 +25,40 @@ pub mod timeline;
 mod vmm;
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
 
+use oci_spec::runtime::Hook;
 use stockade_agent_protocol::{RPC_PORT, STDIO_PORT};
-use stockade_vmm::control::Boot;
-use tokio::task::LocalSet;
+use stockade_vmm::control::{Boot, StopReason};
+use tokio::time::timeout;
 
-use crate::bundle::{self, Bundle, guest, hooks};
-use crate::config::Settings;
+use crate::bundle::guest::Bind;
+use crate::bundle::{self, Bundle, hooks};
 use crate::guest_files::{self, GuestFiles};
 use crate::process::ProcessId;
 use crate::size::{self, VmSize};
-use crate::state::{self, SHARE, State, StateDir, Status};
-use agent::{Agent, Exit};
+use crate::state;
+use agent::Agent;
 use console::Console;
 use share::Share;
-use signals::Signals;
-use stdio::HostStdio;
-use supervisor::Supervisor;
 use timeline::Timeline;
-use vmm::Vmm;
+use vmm::{Ending, Vmm};
 
 /// Fresh random bytes for the guest's generator: 256 bits, which is what its ChaCha20 takes as key.
 const ENTROPY: usize = 32;
 /// Guest console output for `--debug`.
 const DEBUG_CMDLINE: &str = "loglevel=7";
-
-/// What is to be run.
-pub struct Launch {
-    /// The container's id.
-    pub id: String,
-    /// Where state lies.
-    pub root: PathBuf,
-    /// What runs.
-    pub bundle: Bundle,
-    /// How.
-    pub settings: Settings,
-    /// Where a terminal's other end goes.
-    pub console_socket: Option<PathBuf>,
-    /// Whether the guest shall be talkative.
-    pub debug: bool,
-    /// When this process began, `CLOCK_MONOTONIC`.
-    pub process_start_ns: u64,
-}
-
-/// How long the container's life is this process's business.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// From creation to removal (or up to it).
-    Run {
-        /// Leave the state for `delete`.
-        keep: bool,
-    },
-    /// From creation to its end; another command starts it.
-    Create,
-    /// From creation to its end.
-    RunDetached,
-}
+/// How long a guest may take from its first instruction to the agent's first answer. On hardware it is milliseconds,
+/// in an emulator on a busy machine a minute.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a guest may take to write back after its container's end.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(60);
+/// Lines of the console that explain an error.
+const CONSOLE_LINES: usize = 30;
 
 /// Errors of a sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -140,145 +117,220 @@ impl Error {
     }
 }
 
-/// Runs a sandbox with one container from beginning to end. `ready` is called once the container is created (and
-/// started, where that is this mode's business).
-pub fn run(
-    launch: Launch,
-    mode: Mode,
-    ready: impl FnOnce() -> Result<(), Error> + 'static,
-) -> Result<Exit, Error> {
-    let timeline = Timeline::begin(launch.process_start_ns);
-    let Launch { id, root, bundle, settings, .. } = launch;
+/// A VMM process that waits for its VM, in the mount namespace that this process has entered for it.
+pub struct Spawned {
+    vmm: Vmm,
+    console: Console,
+    console_end: OwnedFd,
+    timeline: Timeline,
+    outside: Option<OwnedFd>,
+}
 
-    let files = GuestFiles::open(&settings)?;
-    let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let size = VmSize::of(bundle.spec.annotations().as_ref(), resources, &settings)?;
-    let adapted = guest::adapt(&bundle, &id)?;
-    let os = |what| move |e: io::Error| Error::Os(what, e);
+/// A VM that boots or runs, and what of the host it sees.
+pub struct Sandbox {
+    /// Who makes containers in it.
+    pub agent: Agent,
+    /// When what happened.
+    pub timeline: Rc<Timeline>,
+    vmm: Vmm,
+    console: Console,
+    share: Share,
+    outside: Option<Rc<OwnedFd>>,
+    first_run_ns: Cell<u64>,
+}
 
-    let signals = Signals::block().map_err(os("block signals"))?;
-    let outside = share::enter_namespace(has_host_hooks(&bundle))?;
-    let (console, console_end) = Console::new().map_err(os("make the console pipe"))?;
-    let vmm = Vmm::spawn(console_end.as_fd())?;
-    timeline.mark("vmm_spawned");
-
-    // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
-    let state = first_state(&id, &bundle, &vmm)?;
-    let reservation = Reservation::new(StateDir::create(&root, &id)?);
-    reservation.dir().save(&state)?;
-    let share = Share::mount(reservation.dir().path().join(SHARE))?;
-    if bundle.readonly_root() {
-        share::make_mount_points(&bundle.rootfs, &mount_points(&bundle))?;
+impl Sandbox {
+    /// Moves this process, which must have one thread, to a mount namespace of its own and starts the VMM there.
+    /// `hooks` says whether there will be some to run in the namespace that was left.
+    pub fn spawn(hooks: bool, timeline: Timeline) -> Result<Spawned, Error> {
+        let outside = share::enter_namespace(hooks)?;
+        let (console, console_end) = Console::new().map_err(|e| Error::Os("make the console pipe", e))?;
+        let vmm = Vmm::spawn(console_end.as_fd())?;
+        timeline.mark("vmm_spawned");
+        Ok(Spawned { vmm, console, console_end, timeline, outside })
     }
-    adapted.binds.iter().try_for_each(|bind| share.bind(bind))?;
-    let boot = Boot {
-        vcpus: size.vcpus,
-        memory_bytes: size.memory,
-        cmdline: if launch.debug { DEBUG_CMDLINE.into() } else { String::new() },
-        kernel_name: files.dir.join(guest_files::KERNEL).display().to_string(),
-        initrd_name: files.dir.join(guest_files::INITRD).display().to_string(),
-    };
-    vmm.boot(boot, files.kernel.as_fd(), files.initrd.as_fd(), share.as_fd(), console_end.as_fd())?;
-    drop((files, console_end));
+}
 
-    let rpc = vmm.connect(RPC_PORT)?;
-    let mut stdio = open_stdio(&bundle, launch.console_socket.as_deref())?;
-    if !matches!(mode, Mode::Run { .. }) {
-        // Whoever reads the workload's output sees its end when the workload closes it.
-        stdio::release_inherited().map_err(os("let go of the standard streams"))?;
+impl Spawned {
+    /// The VMM's identity, for who cleans up later.
+    pub fn vmm_process(&self) -> Result<ProcessId, Error> {
+        Ok(self.vmm.process()?)
     }
-    let streams = connect_streams(&vmm, stdio.wanted(), &id, "")?;
-    let listener = control::Listener::bind(reservation.dir()).map_err(os("make the control socket"))?;
-    timeline.mark("prepared");
 
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(os("set up the event loop"))?;
-    let local = LocalSet::new();
-    let outcome = local.block_on(&runtime, async {
+    /// Lets the VM boot, with an empty share that is mounted at `share`. Needs a runtime around it.
+    pub fn boot(
+        self,
+        share: PathBuf,
+        size: VmSize,
+        files: GuestFiles,
+        debug: bool,
+    ) -> Result<Sandbox, Error> {
+        let Spawned { vmm, console, console_end, timeline, outside } = self;
+        let share = Share::mount(share)?;
+        let boot = Boot {
+            vcpus: size.vcpus,
+            memory_bytes: size.memory,
+            cmdline: if debug { DEBUG_CMDLINE.into() } else { String::new() },
+            kernel_name: files.dir.join(guest_files::KERNEL).display().to_string(),
+            initrd_name: files.dir.join(guest_files::INITRD).display().to_string(),
+        };
+        vmm.boot(boot, files.kernel.as_fd(), files.initrd.as_fd(), share.as_fd(), console_end.as_fd())?;
+        let rpc = vmm.connect(RPC_PORT)?;
         let agent = Agent::new(rpc).map_err(|source| Error::Agent { what: "reach the agent", source })?;
-        let supervisor = Supervisor::new(agent, vmm, console, timeline, reservation.dir(), state, outside);
-        let wanted = stdio.wanted();
-        let first_byte = supervisor.first_byte_mark();
-        let relays = stdio.relay(streams, first_byte).map_err(os("relay the standard streams"))?;
-        let kept = || {
-            // From here on the container exists for other commands, and `delete` is how it ends.
-            if mode != (Mode::Run { keep: false }) {
-                reservation.keep();
+        Ok(Sandbox {
+            agent,
+            timeline: Rc::new(timeline),
+            vmm,
+            console,
+            share,
+            outside: outside.map(Rc::new),
+            first_run_ns: Cell::new(0),
+        })
+    }
+}
+
+impl Sandbox {
+    /// Puts the files of a container into the share.
+    pub fn share(&self, bundle: &Bundle, binds: &[Bind]) -> Result<(), Error> {
+        if bundle.readonly_root() {
+            share::make_mount_points(&bundle.rootfs, &mount_points(bundle))?;
+        }
+        Ok(binds.iter().try_for_each(|bind| self.share.bind(bind))?)
+    }
+
+    /// Streams of one process to the guest, their headers in them already. An empty `exec_id` is the container's
+    /// init.
+    pub fn connect_streams(
+        &self,
+        wanted: [bool; 3],
+        id: &str,
+        exec_id: &str,
+    ) -> Result<[Option<OwnedFd>; 3], Error> {
+        let connect = |index: usize| -> Result<Option<OwnedFd>, vmm::Error> {
+            if !wanted[index] {
+                return Ok(None);
+            }
+            let stream = self.vmm.connect(STDIO_PORT)?;
+            let header = stdio::header(index, id, exec_id);
+            nix::unistd::write(&stream, header.as_bytes()).map_err(|e| vmm::Error::Stream(e.into()))?;
+            Ok(Some(stream))
+        };
+        Ok([connect(0)?, connect(1)?, connect(2)?])
+    }
+
+    /// Greets the agent and prepares the guest for containers. The requests are in the stream when this has been
+    /// polled once, so that what is asked for afterwards is answered afterwards.
+    pub async fn set_up(&self) -> Result<(), Error> {
+        let entropy = entropy().map_err(|e| Error::Os("read /dev/urandom", e))?;
+        let (hello, set_up) = tokio::join!(
+            biased;
+            self.first_answer(),
+            self.agent.setup_sandbox(crate::clock::realtime_ns(), entropy),
+        );
+        hello?;
+        set_up.map_err(|source| Error::Agent { what: "set up the guest", source })
+    }
+
+    async fn first_answer(&self) -> Result<(), Error> {
+        let hello = match timeout(BOOT_TIMEOUT, self.agent.handshake()).await {
+            Ok(answer) => answer.map_err(|source| Error::Agent { what: "greet the agent", source })?,
+            Err(_) => {
+                let seconds = BOOT_TIMEOUT.as_secs();
+                return Err(self.vm_ended(format!(
+                    "the guest did not answer within {seconds} s: see its console with --debug, and `stockade check`"
+                )));
             }
         };
-        let story = supervisor::Story {
-            hooks: bundle.spec.hooks().clone(),
-            spec: adapted.spec,
-            wanted,
-            start: mode != Mode::Create,
-            ready: Box::new(ready),
-            kept: &kept,
-        };
-        let result = supervisor.serve(story, relays, &stdio, &signals, &listener).await;
-        Ok::<_, Error>((supervisor, result))
-    });
-    let (supervisor, result) = outcome?;
-    stdio.restore();
+        if self.timeline.is_on() {
+            let since_first_run = |ns: u64| self.first_run_ns.get().saturating_add(ns);
+            self.timeline.mark_at("guest_init_started", since_first_run(hello.init_started_ns));
+            self.timeline.mark_at("agent_listening", since_first_run(hello.listening_ns));
+            self.timeline.mark("agent_ready");
+        }
+        Ok(())
+    }
 
-    supervisor.end(share, &reservation, mode, result.as_ref().err());
-    result
-}
-
-/// Where the container's standard streams lead.
-fn open_stdio(bundle: &Bundle, console_socket: Option<&std::path::Path>) -> Result<HostStdio, Error> {
-    match (bundle.terminal(), console_socket) {
-        (false, _) => HostStdio::inherited().map_err(|e| Error::Os("use the standard streams", e)),
-        (true, None) => Ok(HostStdio::own_terminal()?),
-        (true, Some(socket)) => {
-            let size = bundle.spec.process().as_ref().and_then(|process| process.console_size());
-            let size = size.map(|size| (size.height() as u16, size.width() as u16));
-            Ok(HostStdio::console_socket(socket, size)?)
+    /// Runs hooks outside of this process's mount namespace; `state` is what they read.
+    pub async fn run_hooks(&self, kind: &'static str, list: &[Hook], state: Vec<u8>) -> Result<(), Error> {
+        if list.is_empty() {
+            return Ok(());
+        }
+        let (list, outside) = (list.to_vec(), self.outside.clone());
+        let outside = outside.map(|fd| fd.try_clone()).transpose();
+        let outside = outside.map_err(|e| Error::Os("keep the mount namespace", e))?;
+        let run = move || hooks::run(kind, &list, &state, outside.as_ref());
+        match tokio::task::spawn_blocking(run).await {
+            Ok(result) => Ok(result?),
+            Err(e) => Err(Error::Os("run hooks", io::Error::other(e))),
         }
     }
-}
 
-/// Streams of one process to the guest, their headers in them already.
-fn connect_streams(
-    vmm: &Vmm,
-    wanted: [bool; 3],
-    id: &str,
-    exec_id: &str,
-) -> Result<[Option<OwnedFd>; 3], vmm::Error> {
-    let connect = |index: usize| -> Result<Option<OwnedFd>, vmm::Error> {
-        if !wanted[index] {
-            return Ok(None);
+    /// The mount namespace that this process came from, if it was to be kept.
+    pub fn outside(&self) -> Option<&OwnedFd> {
+        self.outside.as_deref()
+    }
+
+    /// Follows the VM to its end and says why it came. Only the first call of this sees the end.
+    pub async fn watch(&self) -> Error {
+        let ending = self.vmm.watch(&self.timeline, &self.first_run_ns).await;
+        self.explain(ending)
+    }
+
+    /// Keeps what the guest's console says, until the VM is gone.
+    pub async fn read_console(&self) {
+        self.console.read_all().await;
+    }
+
+    /// Has everything that the guest's containers wrote lie in the host's files.
+    pub async fn write_back(&self) -> Result<(), Error> {
+        match timeout(SYNC_TIMEOUT, self.agent.sync()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source)) => Err(Error::Agent { what: "have the guest write back", source }),
+            Err(_) => Err(self.vm_ended("the guest did not write back its files".into())),
         }
-        let stream = vmm.connect(STDIO_PORT)?;
-        let header = stdio::header(index, id, exec_id);
-        nix::unistd::write(&stream, header.as_bytes()).map_err(|e| vmm::Error::Stream(e.into()))?;
-        Ok(Some(stream))
-    };
-    Ok([connect(0)?, connect(1)?, connect(2)?])
-}
+    }
 
-fn first_state(id: &str, bundle: &Bundle, vmm: &Vmm) -> Result<State, Error> {
-    let supervisor = ProcessId::current().map_err(|e| Error::Os("read /proc/self/stat", e))?;
-    let annotations = bundle.spec.annotations().iter().flatten();
-    Ok(State {
-        oci_version: bundle.spec.version().clone(),
-        id: id.into(),
-        status: Status::Creating,
-        supervisor,
-        vmm: Some(vmm.process()?),
-        bundle: bundle.path.clone(),
-        rootfs: bundle.rootfs.clone(),
-        created: crate::clock::now_rfc3339(),
-        owner: nix::unistd::getuid().as_raw(),
-        annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect::<BTreeMap<_, _>>(),
-        error: None,
-        poststop: bundle.spec.hooks().as_ref().and_then(|h| h.poststop().clone()).unwrap_or_default(),
-    })
-}
+    /// Ends the VM at once and takes the share away; what the guest has not written back is lost.
+    pub fn kill(&self) {
+        self.vmm.kill();
+        self.timeline.mark("vmm_killed");
+        self.share.unmount();
+    }
 
-fn has_host_hooks(bundle: &Bundle) -> bool {
-    bundle.spec.hooks().is_some()
+    /// Waits until the VMM is gone with all that it holds.
+    pub fn reap(&self) {
+        if let Err(e) = self.vmm.wait() {
+            tracing::warn!("cannot wait for the VMM: {e}");
+        }
+    }
+
+    fn explain(&self, ending: Ending) -> Error {
+        self.console.read();
+        let what = match (ending, self.console.panic()) {
+            (Ending::Failed(message), _) => return Error::VmEnded { what: message, console: Vec::new() },
+            (Ending::Stopped(_), Some(message)) => format!("the guest kernel panicked: {message}"),
+            (Ending::Stopped(StopReason::Error(message)), _) => format!("the VM cannot go on: {message}"),
+            (Ending::Stopped(reason), _) => {
+                let how = match reason {
+                    StopReason::Reset => "reset itself",
+                    StopReason::Shutdown => "powered itself off",
+                    StopReason::Halted => "halted",
+                    StopReason::Error(_) => "failed",
+                };
+                format!("the guest {how} before its container had ended")
+            }
+            (Ending::Died(how), _) => format!("the VMM process ended before its container had: {how}"),
+        };
+        self.vm_ended(what)
+    }
+
+    /// An error with what the console said last.
+    pub fn vm_ended(&self, what: String) -> Error {
+        self.console.read();
+        let mut console = self.console.lines();
+        console.drain(..console.len().saturating_sub(CONSOLE_LINES));
+        Error::VmEnded { what, console }
+    }
 }
 
 /// Mount points of a bundle, and whether each is a directory.
@@ -295,44 +347,4 @@ fn entropy() -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; ENTROPY];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)
-}
-
-/// An id that is ours: given back when this is dropped, unless somebody else is to do it.
-struct Reservation {
-    dir: Rc<StateDir>,
-    ours: Cell<bool>,
-}
-
-impl Reservation {
-    fn new(dir: StateDir) -> Self {
-        Reservation { dir: Rc::new(dir), ours: Cell::new(true) }
-    }
-
-    fn dir(&self) -> &Rc<StateDir> {
-        &self.dir
-    }
-
-    /// Leaves it to `delete`.
-    fn keep(&self) {
-        self.ours.set(false);
-    }
-
-    fn is_kept(&self) -> bool {
-        !self.ours.get()
-    }
-
-    /// Gives it back now.
-    fn release(&self) {
-        if self.ours.replace(false)
-            && let Err(e) = self.dir.remove()
-        {
-            tracing::warn!("{e}");
-        }
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.release();
-    }
 }

@@ -84,6 +84,11 @@ impl Share {
         }
     }
 
+    /// Takes it away with all that is in it. Detached, because the VMM may still have files open in it.
+    pub fn unmount(&self) {
+        let _ = umount2(&self.path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    }
+
     fn make_mount_point(&self, source: &Path, target: &Path) -> io::Result<()> {
         let is_dir = fs::metadata(source)?.is_dir();
         let dir = if is_dir { Some(target) } else { target.parent() };
@@ -104,9 +109,8 @@ impl AsFd for Share {
 }
 
 impl Drop for Share {
-    /// Detached, because the VMM may still have files open in it.
     fn drop(&mut self) {
-        let _ = umount2(&self.path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        self.unmount();
     }
 }
 

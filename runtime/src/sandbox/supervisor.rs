@@ -1,4 +1,4 @@
-//! The supervisor: what happens in a sandbox between the start of its VMM and the end of its container.
+//! The supervisor of a single container: what happens between the start of its VMM and the end of its container.
 //!
 //! One thread, one event loop. The container's story is one function from handshake to exit; beside it run the
 //! relays, the signals, the console, and a task for each conversation of another command. The first that ends the
@@ -12,46 +12,31 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use oci_spec::runtime::{Hook, Hooks};
-use stockade_vmm::control::StopReason;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::agent::{self, Agent, Exit};
-use super::console::Console;
+use super::agent::{self, Exit};
 use super::control::{self, AsyncConversation, Listener, ProcessInfo, Reply, Request};
-use super::share::Share;
+use super::reservation::Reservation;
 use super::signals::Signals;
+use super::single::Mode;
 use super::stdio::{HostStdio, Relays};
-use super::timeline::Timeline;
-use super::vmm::{Ending, Vmm};
-use super::{Error, Mode, Reservation, connect_streams, entropy};
+use super::{Error, Sandbox};
 use crate::bundle::hooks;
 use crate::state::{State, StateDir, Status};
 
-/// How long a guest may take from its first instruction to the agent's first answer. On hardware it is milliseconds,
-/// in an emulator on a busy machine a minute.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long the VMM may take to report what the broken connection to the agent means.
 const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a guest may take to write back after its container's end.
-const SYNC_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long execs of a container that has ended may take to be told so.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(5);
-/// Lines of the console that explain an error.
-const CONSOLE_LINES: usize = 30;
 
 /// A running sandbox, shared by the tasks of its event loop.
 pub(super) struct Supervisor {
-    agent: Agent,
-    vmm: Vmm,
-    console: Console,
-    timeline: Rc<Timeline>,
+    sandbox: Sandbox,
     dir: Rc<StateDir>,
     state: RefCell<State>,
-    outside: Option<Rc<OwnedFd>>,
     poststart: RefCell<Vec<Hook>>,
-    first_run_ns: Cell<u64>,
     interrupted: Notify,
     interrupt: Cell<Option<Signal>>,
     execs: RefCell<Vec<JoinHandle<()>>>,
@@ -69,25 +54,12 @@ pub(super) struct Story<'a> {
 }
 
 impl Supervisor {
-    pub(super) fn new(
-        agent: Agent,
-        vmm: Vmm,
-        console: Console,
-        timeline: Timeline,
-        dir: &Rc<StateDir>,
-        state: State,
-        outside: Option<OwnedFd>,
-    ) -> Rc<Self> {
+    pub(super) fn new(sandbox: Sandbox, dir: &Rc<StateDir>, state: State) -> Rc<Self> {
         Rc::new(Supervisor {
-            agent,
-            vmm,
-            console,
-            timeline: Rc::new(timeline),
+            sandbox,
             dir: dir.clone(),
             state: RefCell::new(state),
-            outside: outside.map(Rc::new),
             poststart: RefCell::default(),
-            first_run_ns: Cell::new(0),
             interrupted: Notify::new(),
             interrupt: Cell::new(None),
             execs: RefCell::default(),
@@ -97,7 +69,7 @@ impl Supervisor {
 
     /// What marks the first byte of output.
     pub(super) fn first_byte_mark(&self) -> impl Fn() + Clone + 'static {
-        let timeline = self.timeline.clone();
+        let timeline = self.sandbox.timeline.clone();
         move || timeline.mark_once("first_byte")
     }
 
@@ -110,7 +82,7 @@ impl Supervisor {
         signals: &Signals,
         listener: &Listener,
     ) -> Result<Exit, Error> {
-        let ending = self.vmm.watch(&self.timeline, &self.first_run_ns);
+        let ending = self.sandbox.watch();
         let mut ending = std::pin::pin!(ending);
         let beside = async {
             let conversations = listener.each(|talk| {
@@ -118,13 +90,13 @@ impl Supervisor {
                 tokio::task::spawn_local(async move { me.converse(talk).await });
             });
             let signals = signals.each(async |signal| self.on_signal(signal, stdio).await);
-            let _ = tokio::join!(conversations, signals, self.console.read_all());
+            let _ = tokio::join!(conversations, signals, self.sandbox.read_console());
             pending::<()>().await
         };
         let result = tokio::select! {
             biased;
             result = self.container(story, relays, stdio) => result,
-            ending = &mut ending => return Err(self.explain(ending)),
+            ending = &mut ending => return Err(ending),
             () = self.interrupted.notified() => {
                 Err(Error::Interrupted(self.interrupt.get().unwrap_or(Signal::SIGTERM)))
             }
@@ -134,8 +106,8 @@ impl Supervisor {
             // The connection broke because the VM did: the VMM knows why.
             Err(Error::Agent { source: agent::Error::Closed(reason), .. }) => {
                 match timeout(ENDING_TIMEOUT, ending).await {
-                    Ok(ending) => Err(self.explain(ending)),
-                    Err(_) => Err(self.vm_ended(format!(
+                    Ok(ending) => Err(ending),
+                    Err(_) => Err(self.sandbox.vm_ended(format!(
                         "the agent in the guest broke off its connection ({reason}), but the VM still runs"
                     ))),
                 }
@@ -155,24 +127,21 @@ impl Supervisor {
         }
         *self.poststart.borrow_mut() = hooks.poststart().clone().unwrap_or_default();
 
-        // All three lie in the stream before the guest is up, and are answered in order.
-        let entropy = entropy().map_err(|e| Error::Os("read /dev/urandom", e))?;
-        let (hello, set_up, created) = tokio::join!(
+        // All of it lies in the stream before the guest is up, and is answered in order.
+        let (set_up, created) = tokio::join!(
             biased;
-            self.first_answer(),
-            self.agent.setup_sandbox(crate::clock::realtime_ns(), entropy),
-            self.agent.create(id, story.spec, story.wanted),
+            self.sandbox.set_up(),
+            self.sandbox.agent.create(id, story.spec, story.wanted),
         );
-        hello?;
-        set_up.map_err(|source| Error::Agent { what: "set up the guest", source })?;
+        set_up?;
         created.map_err(|source| Error::Agent { what: "create the container", source })?;
-        self.timeline.mark("container_created");
+        self.sandbox.timeline.mark("container_created");
         if let Some((rows, columns)) = stdio.terminal_size() {
             // A size that cannot be set is no reason not to run.
-            let _ = self.agent.resize(id, "", rows, columns).await;
+            let _ = self.sandbox.agent.resize(id, "", rows, columns).await;
         }
 
-        let exit = self.agent.wait(id, "");
+        let exit = self.sandbox.agent.wait(id, "");
         let mut exit = std::pin::pin!(exit);
         self.set_status(Status::Created)?;
         if story.start {
@@ -183,45 +152,23 @@ impl Supervisor {
 
         let exit =
             (&mut exit).await.map_err(|source| Error::Agent { what: "wait for the container", source })?;
-        self.timeline.mark("container_exited");
+        self.sandbox.timeline.mark("container_exited");
         relays.drain().await;
-        self.timeline.mark("output_drained");
+        self.sandbox.timeline.mark("output_drained");
         self.finish_execs().await;
-        match timeout(SYNC_TIMEOUT, self.agent.sync()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(source)) => return Err(Error::Agent { what: "have the guest write back", source }),
-            Err(_) => return Err(self.vm_ended("the guest did not write back its files".into())),
-        }
-        self.timeline.mark("synced");
+        self.sandbox.write_back().await?;
+        self.sandbox.timeline.mark("synced");
         Ok(exit)
-    }
-
-    async fn first_answer(&self) -> Result<(), Error> {
-        let hello = match timeout(BOOT_TIMEOUT, self.agent.handshake()).await {
-            Ok(answer) => answer.map_err(|source| Error::Agent { what: "greet the agent", source })?,
-            Err(_) => {
-                let seconds = BOOT_TIMEOUT.as_secs();
-                return Err(self.vm_ended(format!(
-                    "the guest did not answer within {seconds} s: see its console with --debug, and `stockade check`"
-                )));
-            }
-        };
-        if self.timeline.is_on() {
-            let since_first_run = |ns: u64| self.first_run_ns.get().saturating_add(ns);
-            self.timeline.mark_at("guest_init_started", since_first_run(hello.init_started_ns));
-            self.timeline.mark_at("agent_listening", since_first_run(hello.listening_ns));
-            self.timeline.mark("agent_ready");
-        }
-        Ok(())
     }
 
     /// Lets the workload run.
     async fn start(&self) -> Result<(), Error> {
-        self.agent
+        self.sandbox
+            .agent
             .start(&self.id())
             .await
             .map_err(|source| Error::Agent { what: "start the container", source })?;
-        self.timeline.mark("container_started");
+        self.sandbox.timeline.mark("container_started");
         self.set_status(Status::Running)?;
         let poststart = self.poststart.take();
         // A poststart hook that fails is reported; the container runs on (runtime specification, lifecycle).
@@ -232,25 +179,15 @@ impl Supervisor {
     }
 
     async fn run_hooks(&self, kind: &'static str, list: &[Hook]) -> Result<(), Error> {
-        if list.is_empty() {
-            return Ok(());
-        }
-        let list = list.to_vec();
         let state = self.state.borrow().to_oci_json();
-        let outside = self.outside.as_ref().map(|fd| fd.try_clone()).transpose();
-        let outside = outside.map_err(|e| Error::Os("keep the mount namespace", e))?;
-        let run = move || hooks::run(kind, &list, &state, outside.as_ref());
-        match tokio::task::spawn_blocking(run).await {
-            Ok(result) => Ok(result?),
-            Err(e) => Err(Error::Os("run hooks", std::io::Error::other(e))),
-        }
+        self.sandbox.run_hooks(kind, list, state).await
     }
 
     async fn on_signal(&self, signal: Signal, stdio: &HostStdio) {
         let status = self.state.borrow().status;
         let result = match (signal, status) {
             (Signal::SIGWINCH, _) => match stdio.terminal_size() {
-                Some((rows, columns)) => self.agent.resize(&self.id(), "", rows, columns).await,
+                Some((rows, columns)) => self.sandbox.agent.resize(&self.id(), "", rows, columns).await,
                 None => Ok(()),
             },
             (_, Status::Creating) => {
@@ -258,7 +195,7 @@ impl Supervisor {
                 self.interrupted.notify_one();
                 Ok(())
             }
-            _ => self.agent.signal(&self.id(), "", signal as i32, false).await,
+            _ => self.sandbox.agent.signal(&self.id(), "", signal as i32, false).await,
         };
         if let Err(e) = result {
             tracing::debug!("{signal} was not passed on: {e}");
@@ -302,7 +239,7 @@ impl Supervisor {
             },
             Request::Start => self.start_on_request().await,
             Request::Kill { signal, all } => {
-                self.agent.signal(&self.id(), "", signal, all).await.map_err(|e| e.to_string())
+                self.sandbox.agent.signal(&self.id(), "", signal, all).await.map_err(|e| e.to_string())
             }
             Request::Pause => self.freeze(true).await,
             Request::Resume => self.freeze(false).await,
@@ -331,8 +268,10 @@ impl Supervisor {
         let id = self.id();
         let status = self.state.borrow().status;
         let (result, next) = match (freeze, status) {
-            (true, Status::Running | Status::Created) => (self.agent.pause(&id).await, Status::Paused),
-            (false, Status::Paused) => (self.agent.resume(&id).await, Status::Running),
+            (true, Status::Running | Status::Created) => {
+                (self.sandbox.agent.pause(&id).await, Status::Paused)
+            }
+            (false, Status::Paused) => (self.sandbox.agent.resume(&id).await, Status::Running),
             (true, other) => return Err(format!("container not running: it is {}", other.as_str())),
             (false, other) => return Err(format!("container not paused: it is {}", other.as_str())),
         };
@@ -341,7 +280,7 @@ impl Supervisor {
     }
 
     async fn processes(&self) -> Result<OwnedFd, String> {
-        let list = self.agent.processes(&self.id()).await.map_err(|e| e.to_string())?;
+        let list = self.sandbox.agent.processes(&self.id()).await.map_err(|e| e.to_string())?;
         let list: Vec<ProcessInfo> = list
             .into_iter()
             .map(|p| ProcessInfo {
@@ -376,13 +315,13 @@ impl Supervisor {
         let process = control::read_attachment(fds).map_err(|e| e.to_string())?;
         let (id, exec_id) = (self.id(), format!("exec-{}", self.exec_count.get()));
         self.exec_count.set(self.exec_count.get() + 1);
-        let streams = connect_streams(&self.vmm, wanted, &id, &exec_id).map_err(|e| e.to_string())?;
-        self.agent.exec(&id, &exec_id, process, wanted).await.map_err(|e| e.to_string())?;
+        let streams = self.sandbox.connect_streams(wanted, &id, &exec_id).map_err(|e| e.to_string())?;
+        self.sandbox.agent.exec(&id, &exec_id, process, wanted).await.map_err(|e| e.to_string())?;
         let fds: Vec<_> = streams.iter().flatten().map(|fd| fd.as_fd()).collect();
         let told = talk.send(&Reply::Started, &fds);
         drop(streams);
 
-        let exit = self.agent.wait(&id, &exec_id);
+        let exit = self.sandbox.agent.wait(&id, &exec_id);
         let mut exit = std::pin::pin!(exit);
         let mut alive = told.is_ok();
         if !alive {
@@ -393,10 +332,10 @@ impl Supervisor {
                 exit = &mut exit => break exit.map_err(|e| e.to_string())?,
                 packet = talk.recv::<Request>(), if alive => match packet {
                     Ok(Some((Request::Signal { signal }, _))) => {
-                        let _ = self.agent.signal(&id, &exec_id, signal, false).await;
+                        let _ = self.sandbox.agent.signal(&id, &exec_id, signal, false).await;
                     }
                     Ok(Some((Request::Resize { rows, columns }, _))) => {
-                        let _ = self.agent.resize(&id, &exec_id, rows, columns).await;
+                        let _ = self.sandbox.agent.resize(&id, &exec_id, rows, columns).await;
                     }
                     Ok(Some(_)) => {}
                     // The process on the host is gone, so the one that it stands for must go.
@@ -412,7 +351,7 @@ impl Supervisor {
     }
 
     async fn kill_exec(&self, id: &str, exec_id: &str) {
-        let _ = self.agent.signal(id, exec_id, Signal::SIGKILL as i32, false).await;
+        let _ = self.sandbox.agent.signal(id, exec_id, Signal::SIGKILL as i32, false).await;
     }
 
     /// The container's end is the end of its execs; their commands are told before the VM goes.
@@ -427,10 +366,8 @@ impl Supervisor {
     }
 
     /// Ends the VM and leaves what this mode leaves. The exit is known by now: whatever fails here is logged.
-    pub(super) fn end(&self, share: Share, reservation: &Reservation, mode: Mode, error: Option<&Error>) {
-        self.vmm.kill();
-        self.timeline.mark("vmm_killed");
-        drop(share);
+    pub(super) fn end(&self, reservation: &Reservation, mode: Mode, error: Option<&Error>) {
+        self.sandbox.kill();
         self.state.borrow_mut().error = error.map(Error::to_string);
         if reservation.is_kept() {
             if let Err(e) = self.set_status(Status::Stopped) {
@@ -439,44 +376,14 @@ impl Supervisor {
         } else if matches!(mode, Mode::Run { .. }) && self.state.borrow().status != Status::Creating {
             self.state.borrow_mut().status = Status::Stopped;
             let state = self.state.borrow();
-            if let Err(e) =
-                hooks::run("poststop", &state.poststop, &state.to_oci_json(), self.outside.as_deref())
-            {
+            let outside = self.sandbox.outside();
+            if let Err(e) = hooks::run("poststop", &state.poststop, &state.to_oci_json(), outside) {
                 tracing::warn!("{e}");
             }
         }
         reservation.release();
-        if let Err(e) = self.vmm.wait() {
-            tracing::warn!("cannot wait for the VMM: {e}");
-        }
-        self.timeline.mark("cleaned_up");
-        self.timeline.write(&self.id());
-    }
-
-    fn explain(&self, ending: Ending) -> Error {
-        self.console.read();
-        let what = match (ending, self.console.panic()) {
-            (Ending::Failed(message), _) => return Error::VmEnded { what: message, console: Vec::new() },
-            (Ending::Stopped(_), Some(message)) => format!("the guest kernel panicked: {message}"),
-            (Ending::Stopped(StopReason::Error(message)), _) => format!("the VM cannot go on: {message}"),
-            (Ending::Stopped(reason), _) => {
-                let how = match reason {
-                    StopReason::Reset => "reset itself",
-                    StopReason::Shutdown => "powered itself off",
-                    StopReason::Halted => "halted",
-                    StopReason::Error(_) => "failed",
-                };
-                format!("the guest {how} before its container had ended")
-            }
-            (Ending::Died(how), _) => format!("the VMM process ended before its container had: {how}"),
-        };
-        self.vm_ended(what)
-    }
-
-    fn vm_ended(&self, what: String) -> Error {
-        self.console.read();
-        let mut console = self.console.lines();
-        console.drain(..console.len().saturating_sub(CONSOLE_LINES));
-        Error::VmEnded { what, console }
+        self.sandbox.reap();
+        self.sandbox.timeline.mark("cleaned_up");
+        self.sandbox.timeline.write(&self.id());
     }
 }

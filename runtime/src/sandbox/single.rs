@@ -1,0 +1,160 @@
+//! The command line's sandbox: a VM for one container, from beginning to end.
+//!
+//! [`run`] is its whole life from top to bottom, in the process that becomes its supervisor. Whatever happens, what
+//! was begun is undone in the opposite order, and what is left when this process is killed is what
+//! [`crate::state::StateDir::remove`] removes.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tokio::task::LocalSet;
+
+use super::agent::Exit;
+use super::reservation::Reservation;
+use super::signals::Signals;
+use super::stdio::{self, HostStdio};
+use super::supervisor::{Story, Supervisor};
+use super::timeline::Timeline;
+use super::{Error, Sandbox, control};
+use crate::bundle::{Bundle, guest};
+use crate::config::Settings;
+use crate::guest_files::GuestFiles;
+use crate::process::ProcessId;
+use crate::size::VmSize;
+use crate::state::{SHARE, State, StateDir, Status};
+
+/// What is to be run.
+pub struct Launch {
+    /// The container's id.
+    pub id: String,
+    /// Where state lies.
+    pub root: PathBuf,
+    /// What runs.
+    pub bundle: Bundle,
+    /// How.
+    pub settings: Settings,
+    /// Where a terminal's other end goes.
+    pub console_socket: Option<PathBuf>,
+    /// Whether the guest shall be talkative.
+    pub debug: bool,
+    /// When this process began, `CLOCK_MONOTONIC`.
+    pub process_start_ns: u64,
+}
+
+/// How long the container's life is this process's business.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// From creation to removal (or up to it).
+    Run {
+        /// Leave the state for `delete`.
+        keep: bool,
+    },
+    /// From creation to its end; another command starts it.
+    Create,
+    /// From creation to its end.
+    RunDetached,
+}
+
+/// Runs a sandbox with one container from beginning to end. `ready` is called once the container is created (and
+/// started, where that is this mode's business).
+pub fn run(
+    launch: Launch,
+    mode: Mode,
+    ready: impl FnOnce() -> Result<(), Error> + 'static,
+) -> Result<Exit, Error> {
+    let timeline = Timeline::begin(launch.process_start_ns);
+    let Launch { id, root, bundle, settings, .. } = launch;
+
+    let files = GuestFiles::open(&settings)?;
+    let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let size = VmSize::of(bundle.spec.annotations().as_ref(), resources, &settings)?;
+    let adapted = guest::adapt(&bundle, &id)?;
+    let os = |what| move |e: io::Error| Error::Os(what, e);
+
+    let signals = Signals::block().map_err(os("block signals"))?;
+    let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), timeline)?;
+
+    // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
+    let state = first_state(&id, &bundle, spawned.vmm_process()?)?;
+    let reservation = Reservation::new(StateDir::create(&root, &id)?);
+    reservation.dir().save(&state)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(os("set up the event loop"))?;
+    let inside = runtime.enter();
+    let sandbox = spawned.boot(reservation.dir().path().join(SHARE), size, files, launch.debug)?;
+
+    sandbox.share(&bundle, &adapted.binds)?;
+    let mut stdio = open_stdio(&bundle, launch.console_socket.as_deref())?;
+    if !matches!(mode, Mode::Run { .. }) {
+        // Whoever reads the workload's output sees its end when the workload closes it.
+        stdio::release_inherited().map_err(os("let go of the standard streams"))?;
+    }
+    let streams = sandbox.connect_streams(stdio.wanted(), &id, "")?;
+    let listener = control::Listener::bind(reservation.dir()).map_err(os("make the control socket"))?;
+    sandbox.timeline.mark("prepared");
+    drop(inside);
+
+    let local = LocalSet::new();
+    let outcome = local.block_on(&runtime, async {
+        let supervisor = Supervisor::new(sandbox, reservation.dir(), state);
+        let wanted = stdio.wanted();
+        let first_byte = supervisor.first_byte_mark();
+        let relays = stdio.relay(streams, first_byte).map_err(os("relay the standard streams"))?;
+        let kept = || {
+            // From here on the container exists for other commands, and `delete` is how it ends.
+            if mode != (Mode::Run { keep: false }) {
+                reservation.keep();
+            }
+        };
+        let story = Story {
+            hooks: bundle.spec.hooks().clone(),
+            spec: adapted.spec,
+            wanted,
+            start: mode != Mode::Create,
+            ready: Box::new(ready),
+            kept: &kept,
+        };
+        let result = supervisor.serve(story, relays, &stdio, &signals, &listener).await;
+        Ok::<_, Error>((supervisor, result))
+    });
+    let (supervisor, result) = outcome?;
+    stdio.restore();
+
+    supervisor.end(&reservation, mode, result.as_ref().err());
+    result
+}
+
+/// Where the container's standard streams lead.
+fn open_stdio(bundle: &Bundle, console_socket: Option<&Path>) -> Result<HostStdio, Error> {
+    match (bundle.terminal(), console_socket) {
+        (false, _) => HostStdio::inherited().map_err(|e| Error::Os("use the standard streams", e)),
+        (true, None) => Ok(HostStdio::own_terminal()?),
+        (true, Some(socket)) => {
+            let size = bundle.spec.process().as_ref().and_then(|process| process.console_size());
+            let size = size.map(|size| (size.height() as u16, size.width() as u16));
+            Ok(HostStdio::console_socket(socket, size)?)
+        }
+    }
+}
+
+fn first_state(id: &str, bundle: &Bundle, vmm: ProcessId) -> Result<State, Error> {
+    let supervisor = ProcessId::current().map_err(|e| Error::Os("read /proc/self/stat", e))?;
+    let annotations = bundle.spec.annotations().iter().flatten();
+    Ok(State {
+        oci_version: bundle.spec.version().clone(),
+        id: id.into(),
+        status: Status::Creating,
+        supervisor,
+        vmm: Some(vmm),
+        bundle: bundle.path.clone(),
+        rootfs: bundle.rootfs.clone(),
+        created: crate::clock::now_rfc3339(),
+        owner: nix::unistd::getuid().as_raw(),
+        annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect::<BTreeMap<_, _>>(),
+        error: None,
+        poststop: bundle.spec.hooks().as_ref().and_then(|h| h.poststop().clone()).unwrap_or_default(),
+    })
+}
