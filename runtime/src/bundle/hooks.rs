@@ -1,7 +1,7 @@
 //! Hooks that run on the host: prestart, createRuntime, poststart, poststop.
 //!
 //! A hook gets the container's state on its standard input and runs in the mount namespace that the caller lives
-//! in, not in the supervisor's. One that fails or takes longer than its timeout is an error that names it; what
+//! in, not in the supervisor's, and with no signal blocked or ignored. One that fails or takes longer than its timeout is an error that names it; what
 //! that means for the container is the caller's business.
 
 use std::fs::File;
@@ -14,12 +14,16 @@ use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use oci_spec::runtime::Hook;
 
 use crate::process::ProcessId;
 
 /// How much of a failed hook's stderr an error quotes.
 const STDERR_MAX: usize = 1000;
+
+/// Real-time signals reach up to here (signal(7)).
+const SIGNAL_MAX: i32 = 64;
 
 /// A hook that did not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -65,11 +69,16 @@ fn run_one(kind: &'static str, hook: &Hook, state: &[u8], namespace: Option<&Own
         command.env(name, value);
     }
     command.stdin(input).stdout(Stdio::null()).stderr(output.try_clone().map_err(failed)?);
-    if let Some(namespace) = namespace {
-        let namespace = namespace.try_clone().map_err(failed)?;
-        // SAFETY: setns(2) is a system call and allocates nothing, as is asked of code between fork and exec.
-        unsafe { command.pre_exec(move || Ok(setns(&namespace, CloneFlags::CLONE_NEWNS)?)) };
-    }
+    let namespace = namespace.map(OwnedFd::try_clone).transpose().map_err(failed)?;
+    let prepare = move || {
+        forget_signals()?;
+        match &namespace {
+            Some(namespace) => Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?),
+            None => Ok(()),
+        }
+    };
+    // SAFETY: `prepare` makes system calls and allocates nothing, as is asked of code between fork and exec.
+    unsafe { command.pre_exec(prepare) };
     let mut child = command.spawn().map_err(failed)?;
     if let Some(seconds) = hook.timeout() {
         let handle = ProcessId::of(child.id() as i32).ok().and_then(|id| id.open());
@@ -90,6 +99,16 @@ fn run_one(kind: &'static str, hook: &Hook, state: &[u8], namespace: Option<&Own
     Err(Error::Failed { kind, path: path.clone(), status, stderr })
 }
 
+/// The supervisor blocks the signals that it relays, and who started it may have had others ignored: both would
+/// outlive an execve(2).
+fn forget_signals() -> io::Result<()> {
+    for number in 1..=SIGNAL_MAX {
+        // SAFETY: installs the default action, no handler of ours. Those that cannot have another refuse.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
+    Ok(sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?)
+}
+
 fn scratch() -> io::Result<File> {
     Ok(memfd_create(c"hook", MFdFlags::MFD_CLOEXEC)?.into())
 }
@@ -97,6 +116,7 @@ fn scratch() -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::signal::{SigHandler, Signal, signal};
     use serde_json::json;
 
     fn hook(script: &str, timeout: Option<i64>) -> Hook {
@@ -116,6 +136,22 @@ mod tests {
         let text = std::fs::read_to_string(&out).unwrap();
         assert!(text.starts_with("STATE\n"), "{text}");
         assert!(text.contains("WHO=hook") && !text.contains("CARGO"), "{text}");
+    }
+
+    #[test]
+    fn a_hook_begins_with_no_signal_blocked_or_ignored() {
+        let relayed = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+        relayed.thread_block().unwrap();
+        // SAFETY: no handler of ours; nothing in this program waits for this signal.
+        unsafe { signal(Signal::SIGUSR2, SigHandler::SigIgn) }.unwrap();
+        let script = "grep -E '^Sig(Blk|Ign)' /proc/self/status >&2; exit 1";
+        let error = run("prestart", &[hook(script, None)], b"", None).unwrap_err().to_string();
+        relayed.thread_unblock().unwrap();
+        // 32 and 33 are the C library's own and cannot be set.
+        let (_, masks) = error.split_once("SigBlk:\t").unwrap();
+        let (blocked, ignored) = masks.split_once("; SigIgn:\t").unwrap();
+        let ignored = u64::from_str_radix(ignored, 16).unwrap() & !(3 << 31);
+        assert_eq!((blocked, ignored), ("0000000000000000", 0), "{error}");
     }
 
     #[test]
