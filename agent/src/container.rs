@@ -183,7 +183,7 @@ impl Containers {
         if exec_id == "-" {
             return Err(Error::Invalid("exec_id: \"-\" stands for the container's init".into()));
         }
-        container.must_run()?;
+        container.must_live()?;
         {
             let mut execs = lock(&container.execs);
             if execs.contains_key(&exec_id) {
@@ -385,11 +385,8 @@ impl Container {
         UnixStream::connect(format!("/proc/self/fd/{}/notify.sock", dir.as_raw_fd())).map(drop)
     }
 
-    /// It has been started and its init has not ended.
-    fn must_run(&self) -> Result<(), Error> {
-        if lock(&self.unstarted).is_some() {
-            return Err(Error::Precondition(format!("container {:?} has not been started", self.id)));
-        }
+    /// Its init, started or not, has not ended.
+    fn must_live(&self) -> Result<(), Error> {
         if !self.init.is_alive() {
             return Err(Error::Precondition(format!("container {:?} has stopped", self.id)));
         }

@@ -23,6 +23,11 @@ pub fn now_rfc3339() -> String {
     rfc3339(now.as_secs(), now.subsec_nanos())
 }
 
+/// `HH:MM` in UTC of a time in seconds since the epoch.
+pub fn hour_and_minute(secs: u64) -> String {
+    format!("{:02}:{:02}", secs / 3600 % 24, secs / 60 % 60)
+}
+
 fn since_epoch() -> std::time::Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

@@ -85,6 +85,12 @@ impl PidFd {
     }
 }
 
+impl AsRawFd for PidFd {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 /// State letter and start time of a process.
 fn stat(pid: i32) -> io::Result<(char, u64)> {
     let line = fs::read_to_string(format!("/proc/{pid}/stat"))?;

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 
 use oci_spec::runtime::{LinuxCpu, LinuxResources};
+use serde::{Deserialize, Serialize};
 
 use crate::config::{Settings, SizeSettings, Sourced};
 
@@ -17,6 +18,8 @@ pub const ANNOTATION_VCPUS: &str = "io.stockade.vcpus";
 pub const ANNOTATION_MEMORY: &str = "io.stockade.memory";
 
 const MIB: u64 = 1 << 20;
+/// The kernel's default period of CPU quotas, µs.
+const CPU_PERIOD: u64 = 100_000;
 /// Without any limit.
 const DEFAULT_VCPUS: u64 = 1;
 /// Without any limit.
@@ -37,7 +40,7 @@ const PAGE_ARRAY_FRACTION: u64 = 64;
 const GRANULE: u64 = 2 * MIB;
 
 /// The size of a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSize {
     /// 1 to 32.
     pub vcpus: u8,
@@ -67,6 +70,9 @@ pub enum Error {
     /// an unknown annotation in our namespace
     #[error("annotation {0} is not known: remove it, or use {ANNOTATION_VCPUS} or {ANNOTATION_MEMORY}")]
     Annotation(String),
+    /// a new limit is more than the VM has
+    #[error("{field} is {value}, but the VM of this container has {has} and does not grow: create it anew")]
+    TooSmall { field: &'static str, value: String, has: String },
     /// the list of CPUs is not one
     #[error("linux.resources.cpu.cpus is {0:?}: write numbers and ranges, such as \"0-3,8\"")]
     Cpus(String),
@@ -87,6 +93,41 @@ impl VmSize {
             memory: memory(&annotations, limit, settings)?.next_multiple_of(GRANULE),
         })
     }
+}
+
+impl VmSize {
+    /// Whether a VM of this size can give what new limits promise.
+    pub fn check_update(&self, limits: &LinuxResources) -> Result<(), Error> {
+        let memory = limits.memory().as_ref().and_then(|m| m.limit()).filter(|l| !matches!(l, 0 | -1));
+        if let Some(limit) = memory {
+            let bytes =
+                u64::try_from(limit).ok().filter(|b| *b >= MIN_LIMIT).ok_or(Error::Limit { limit })?;
+            if with_overhead(bytes) > self.memory {
+                return Err(Error::TooSmall {
+                    field: "linux.resources.memory.limit",
+                    value: format!("{bytes} bytes"),
+                    has: format!("{} in all", show(self.memory)),
+                });
+            }
+        }
+        let quota = limits.cpu().as_ref().and_then(|cpu| Some((cpu.quota().filter(|q| *q > 0)?, cpu)));
+        if let Some((quota, cpu)) = quota {
+            let period = cpu.period().filter(|p| *p > 0).unwrap_or(CPU_PERIOD);
+            if (quota as u64).div_ceil(period) > u64::from(self.vcpus) {
+                return Err(Error::TooSmall {
+                    field: "linux.resources.cpu.quota",
+                    value: format!("{quota} of {period} µs"),
+                    has: format!("{} vCPU", self.vcpus),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The memory of a VM whose workload may use so much.
+fn with_overhead(limit: u64) -> u64 {
+    limit + VM_OVERHEAD + limit / PAGE_ARRAY_FRACTION
 }
 
 /// Our annotations; one that we do not know is an error, because it would be silently ignored.
@@ -111,8 +152,7 @@ fn vcpus(annotations: &SizeSettings, cpu: Option<&LinuxCpu>, settings: &Settings
     if let Some(cpu) = cpu {
         // A quota of 0 or below means none, as in cgroup v1.
         if let Some(quota) = cpu.quota().filter(|q| *q > 0) {
-            // The kernel's default period is 100 ms.
-            let period = cpu.period().filter(|p| *p > 0).unwrap_or(100_000);
+            let period = cpu.period().filter(|p| *p > 0).unwrap_or(CPU_PERIOD);
             return in_range(
                 (quota as u64).div_ceil(period),
                 "linux.resources.cpu.quota",
@@ -172,31 +212,40 @@ fn memory(annotations: &SizeSettings, limit: Option<i64>, settings: &Settings) -
         if !(MIN_LIMIT..=MAX_MEMORY).contains(&bytes) {
             return Err(Error::Limit { limit });
         }
-        return Ok((bytes + VM_OVERHEAD + bytes / PAGE_ARRAY_FRACTION).min(MAX_MEMORY));
+        return Ok(with_overhead(bytes).min(MAX_MEMORY));
     }
     settings.file.memory.as_ref().map_or(Ok(DEFAULT_MEMORY), parse_memory)
 }
 
-fn parse_memory(named: &Sourced<String>) -> Result<u64, Error> {
-    let Sourced { value, origin } = named;
-    let short = format!("{value:.100}");
-    let text = value.trim();
+/// A number of bytes with or without a unit, as flags have it; -1 is a number.
+pub fn parse_bytes(text: &str) -> Option<i64> {
+    if let Ok(number) = text.trim().parse() {
+        return Some(number);
+    }
+    i64::try_from(bytes_in(text)?).ok()
+}
+
+fn bytes_in(text: &str) -> Option<u64> {
+    let text = text.trim();
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor: u64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 1,
-        "k" | "kib" | "ki" => 1 << 10,
-        "m" | "mib" | "mi" => 1 << 20,
-        "g" | "gib" | "gi" => 1 << 30,
-        "t" | "tib" | "ti" => 1 << 40,
-        _ => return Err(Error::NoSize { origin: origin.clone(), value: short }),
+        "k" | "kb" | "kib" | "ki" => 1 << 10,
+        "m" | "mb" | "mib" | "mi" => 1 << 20,
+        "g" | "gb" | "gib" | "gi" => 1 << 30,
+        "t" | "tb" | "tib" | "ti" => 1 << 40,
+        _ => return None,
     };
-    let number: i128 = match digits.trim_end().parse() {
-        Ok(number) => number,
-        Err(_) => return Err(Error::NoSize { origin: origin.clone(), value: short }),
-    };
-    match number.checked_mul(i128::from(factor)).and_then(|bytes| u64::try_from(bytes).ok()) {
+    digits.trim_end().parse::<u64>().ok()?.checked_mul(factor)
+}
+
+fn parse_memory(named: &Sourced<String>) -> Result<u64, Error> {
+    let Sourced { value, origin } = named;
+    let short = || format!("{value:.100}");
+    match bytes_in(value) {
         Some(bytes) if (MIN_MEMORY..=MAX_MEMORY).contains(&bytes) => Ok(bytes),
-        _ => Err(Error::Memory { origin: origin.clone(), value: short }),
+        Some(_) => Err(Error::Memory { origin: origin.clone(), value: short() }),
+        None => Err(Error::NoSize { origin: origin.clone(), value: short() }),
     }
 }
 
@@ -301,6 +350,20 @@ mod tests {
             let error = size(&[(key, value)], json!({}), &none()).unwrap_err().to_string();
             assert!(error.contains(key) && !error.contains('\n'), "{error}");
         }
+    }
+
+    #[test]
+    fn an_update_is_held_against_the_vm() {
+        let limit = |limit: u64| json!({"memory": {"limit": limit}});
+        let vm = size(&[], limit(100 * MIB + 1), &Settings::default()).unwrap();
+        let check = |json| vm.check_update(&serde_json::from_value(json).unwrap());
+        for fits in [limit(100 * MIB + 1), limit(8 * MIB), json!({"memory": {"limit": -1}}), json!({})] {
+            check(fits.clone()).unwrap_or_else(|e| panic!("{fits}: {e}"));
+        }
+        check(json!({"cpu": {"quota": 100_000}})).unwrap();
+        assert!(matches!(check(limit(200 * MIB)), Err(Error::TooSmall { .. })));
+        assert!(matches!(check(limit(1)), Err(Error::Limit { .. })));
+        assert!(matches!(check(json!({"cpu": {"quota": 100_001}})), Err(Error::TooSmall { .. })));
     }
 
     #[test]

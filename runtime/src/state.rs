@@ -15,11 +15,13 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, openat, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
+use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 use stockade_agent_protocol::check_id;
 
 use crate::bundle::Hook;
 use crate::process::ProcessId;
+use crate::size::VmSize;
 
 /// Where state lies unless `--root` says otherwise.
 pub const DEFAULT_ROOT: &str = "/run/stockade";
@@ -92,6 +94,11 @@ pub struct State {
     /// Why its sandbox ended before the workload did, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// The limits in force: the bundle's, with what `update` changed.
+    #[serde(default)]
+    pub resources: LinuxResources,
+    /// The VM, which does not grow.
+    pub vm: VmSize,
     /// Hooks that `delete` runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub poststop: Vec<Hook>,
@@ -122,11 +129,11 @@ impl State {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// the id cannot be one
-    #[error("invalid container id {id:?}, choose another: {reason}")]
+    #[error("invalid container ID format: {id:?}, choose another: {reason}")]
     Id { id: String, reason: String },
     /// the id is taken
     #[error(
-        "container {id} exists already in {root}: choose another id, or remove it with `stockade delete {id}`"
+        "container with given ID already exists: {id} in {root}; choose another, or remove it with `stockade delete {id}`"
     )]
     Exists { id: String, root: String },
     /// there is no such container
@@ -333,6 +340,8 @@ mod tests {
             owner: 0,
             annotations: BTreeMap::from([("k".into(), "v".into())]),
             error: None,
+            resources: LinuxResources::default(),
+            vm: VmSize { vcpus: 1, memory: 256 << 20 },
             poststop: Vec::new(),
         }
     }

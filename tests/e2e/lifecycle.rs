@@ -17,7 +17,6 @@ pub const CASES: &[Case] = &[
     case!(container_goes_through_every_state).exclusive(),
     case!(operations_on_a_container_that_is_not_there),
     case!(wrong_operations_on_a_created_container),
-    case!(delete_of_a_created_container_is_refused).stockade_only("the specification says so, runc kills it"),
     case!(wrong_operations_on_a_running_container),
     case!(wrong_operations_on_a_stopped_container),
     case!(killed_before_start_never_runs),
@@ -89,12 +88,6 @@ fn wrong_operations_on_a_created_container() {
     assert_eq!(container.status(), "created");
     container.op("start").ok();
     container.program.expect_line("ready");
-}
-
-fn delete_of_a_created_container_is_refused() {
-    let container = Runtime::under_test().create(&Bundle::idle());
-    container.op("delete").refused();
-    assert_eq!(container.status(), "created");
 }
 
 fn wrong_operations_on_a_running_container() {

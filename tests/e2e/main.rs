@@ -11,6 +11,7 @@ mod harness;
 
 mod bad_input;
 mod check;
+mod commands;
 mod endurance;
 mod exec;
 mod failure;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     let cases: Vec<_> = [
         bad_input::CASES,
         check::CASES,
+        commands::CASES,
         endurance::CASES,
         exec::CASES,
         failure::CASES,

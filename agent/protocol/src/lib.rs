@@ -1,12 +1,13 @@
 //! The contract between the supervisor on the host and the agent, PID 1 of the guest.
 //!
 //! Messages and service are generated from `agent.proto`, which documents every field. What ttrpc does not carry
-//! is here: the ports, where the share is mounted, the alphabet of ids and the header of a stdio stream. Both
-//! sides use this one crate, so they cannot disagree.
+//! is here: the ports, where the share is mounted, the alphabet of ids, the header of a stdio stream, and what limits
+//! come to. Both sides use this one crate, so they cannot disagree.
 //!
 //! Nothing in this crate does I/O or trusts its input: parsers are total, bounded and strict.
 
 mod id;
+pub mod resources;
 mod stdio;
 
 pub use id::{ID_MAX, InvalidId, check_id};

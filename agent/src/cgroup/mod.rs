@@ -5,7 +5,6 @@
 //! in the root cgroup, where the rule that inner cgroups hold no processes does not apply.
 
 mod devices;
-mod resources;
 mod stats;
 
 use std::fs;
@@ -17,6 +16,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 use stockade_agent_protocol::messages::StatsResponse;
+use stockade_agent_protocol::resources;
 use tokio::io::Interest;
 
 use crate::descriptor::watch;
@@ -81,7 +81,9 @@ impl Cgroup {
 
     /// Applies limits.
     pub fn limit(&self, limits: &LinuxResources) -> Result<(), Error> {
-        for setting in resources::settings(limits)? {
+        let settings = resources::settings(limits).map_err(|refused| Error::Invalid(refused.to_string()))?;
+        self.check_before_update(limits)?;
+        for setting in settings {
             if setting.only_if_present && !self.path.join(&setting.file).exists() {
                 continue;
             }
@@ -94,6 +96,20 @@ impl Cgroup {
         }
         match limits.devices() {
             Some(rules) if !rules.is_empty() => devices::restrict(&self.path, rules),
+            _ => Ok(()),
+        }
+    }
+
+    /// A limit below what is in use makes the kernel kill; who asked to be told instead is told.
+    fn check_before_update(&self, limits: &LinuxResources) -> Result<(), Error> {
+        let Some(memory) = limits.memory().as_ref().filter(|m| m.check_before_update() == Some(true)) else {
+            return Ok(());
+        };
+        let used: i64 = read(&self.path, "memory.current")?.trim().parse().unwrap_or(0);
+        match memory.limit() {
+            Some(limit) if limit > 0 && limit < used => Err(Error::Invalid(format!(
+                "linux.resources.memory.limit cannot be set to {limit}: {used} bytes are in use, and checkBeforeUpdate asks"
+            ))),
             _ => Ok(()),
         }
     }

@@ -6,15 +6,18 @@
 
 pub mod guest;
 pub mod hooks;
+mod resources;
 mod validate;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
+use stockade_agent_protocol::resources::Refused;
 
 pub use oci_spec::runtime::Hook;
+pub use resources::{check as check_resources, merge as merge_resources};
 pub use validate::{check_process, is_bind};
 
 /// Name of the configuration in a bundle.
@@ -63,6 +66,9 @@ pub enum Error {
     /// a field has a meaning that a VM cannot give it
     #[error("{field} cannot be honoured: {reason}")]
     Unsupported { field: String, reason: &'static str },
+    /// a limit that cgroup v2 does not have
+    #[error("{0}; remove it")]
+    Resources(#[from] Refused),
     /// the adapted configuration cannot be written
     #[error("cannot encode the guest's configuration: {0}")]
     Encode(#[source] serde_json::Error),
@@ -77,6 +83,14 @@ impl Bundle {
         let rootfs = find_rootfs(&path, &spec)?;
         validate::check_mount_sources(&spec, &path)?;
         Ok(Bundle { path, spec, rootfs })
+    }
+
+    /// The limits that can be changed later: `linux.resources` without the rules for devices.
+    pub fn limits(&self) -> LinuxResources {
+        let resources = self.spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+        let mut limits = resources.unwrap_or_default();
+        limits.set_devices(None);
+        limits
     }
 
     /// Whether the workload has a terminal.

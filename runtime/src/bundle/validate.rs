@@ -9,7 +9,7 @@ use std::path::{Component, Path};
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccompAction, Mount, Process, Spec};
 
-use super::Error;
+use super::{Error, resources};
 
 /// File systems that the guest's kernel mounts by itself. Of others the source would be looked for in the guest.
 const FILE_SYSTEMS: [&str; 14] = [
@@ -202,13 +202,8 @@ fn check_linux(spec: &Spec) -> Result<(), Error> {
     if linux.mount_label().as_deref().is_some_and(|label| !label.is_empty()) {
         return unsupported("linux.mountLabel", "the guest kernel has no SELinux; remove it");
     }
-    if let Some(resources) = linux.resources() {
-        if resources.network().as_ref().is_some_and(|n| n.class_id().is_some_and(|id| id != 0)) {
-            return unsupported("linux.resources.network", "cgroup v2 has no network classes; remove it");
-        }
-        if resources.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
-            return unsupported("linux.resources.rdma", "the guest has no RDMA devices; remove it");
-        }
+    if let Some(limits) = linux.resources() {
+        resources::check(limits)?;
     }
     Ok(())
 }
@@ -283,11 +278,11 @@ fn check_hooks(spec: &Spec) -> Result<(), Error> {
     Ok(())
 }
 
-fn value(field: &str, value: &str, remedy: &'static str) -> Result<(), Error> {
+pub(super) fn value(field: &str, value: &str, remedy: &'static str) -> Result<(), Error> {
     Err(Error::Value { field: field.into(), value: value.chars().take(200).collect(), remedy })
 }
 
-fn unsupported(field: &str, reason: &'static str) -> Result<(), Error> {
+pub(super) fn unsupported(field: &str, reason: &'static str) -> Result<(), Error> {
     Err(Error::Unsupported { field: field.into(), reason })
 }
 

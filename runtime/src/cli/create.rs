@@ -1,15 +1,30 @@
 //! `stockade create`: everything but the start of the workload. Leaves the container's supervisor behind.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::{Error, Global, Outcome, refuse_preserved};
+use clap::Args;
+
+use super::{Announce, Error, Global, Outcome, refuse_preserved};
 use crate::bundle::Bundle;
 use crate::config::Settings;
 use crate::sandbox::single::{self, Launch, Mode};
-use crate::sandbox::{attach, launch};
+use crate::sandbox::{attach, launch, pidfd};
 use crate::state;
 
-pub fn create(global: &Global, args: liboci_cli::Create, process_start_ns: u64) -> Outcome {
+/// Create a container without starting it
+#[derive(Args)]
+#[group(skip)]
+pub struct Create {
+    #[command(flatten)]
+    common: liboci_cli::Create,
+    /// Unix socket that gets a pidfd of the container's host process
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
+}
+
+pub fn create(global: &Global, args: Create, process_start_ns: u64) -> Outcome {
+    let Create { common: args, pidfd_socket } = args;
     refuse_preserved(args.preserve_fds)?;
     state::check(&args.container_id)?;
     let bundle = Bundle::load(&args.bundle)?;
@@ -24,13 +39,11 @@ pub fn create(global: &Global, args: liboci_cli::Create, process_start_ns: u64) 
         debug: global.debug,
         process_start_ns,
     };
-    let pid_file = args.pid_file.clone();
+    let announce = Announce { pid_file: args.pid_file, pidfd_socket };
     let pid = launch::leave_behind(move |ready| {
         single::run(launch, Mode::Create, move || {
             // Before the caller is told, and by the process whose pid it is: it is there when `create` returns.
-            if let Some(path) = &pid_file {
-                state::write_pid_file(path, std::process::id() as i32)?;
-            }
+            announce.process(pidfd::Kind::Init)?;
             ready()
         })
     })?;

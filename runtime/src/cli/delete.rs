@@ -44,6 +44,8 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
     match state.status() {
         // Its processes may be about to end.
         Status::Stopped => end(&state)?,
+        // The specification would have it refused; runc's callers count on it.
+        Status::Created => kill(&state)?,
         _ if args.force => kill(&state)?,
         other => {
             return Err(Error::Refused(format!(

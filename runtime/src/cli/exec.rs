@@ -1,17 +1,31 @@
 //! `stockade exec`: a further process in a container that runs.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use oci_spec::runtime::{Capability, Process, User};
+use clap::Args;
+use oci_spec::runtime::{Capability, Process};
 
-use super::{Error, Global, Outcome, open, refuse_preserved, stopped};
+use super::{Announce, Error, Global, Outcome, open, refuse_preserved, stopped};
 use crate::bundle;
 use crate::sandbox::control::Conversation;
-use crate::sandbox::{self, attach, launch};
-use crate::state::{self, State, Status};
+use crate::sandbox::{attach, launch, pidfd};
+use crate::state::{State, Status};
 
-pub fn exec(global: &Global, args: liboci_cli::Exec) -> Outcome {
+/// Run a further process in a container
+#[derive(Args)]
+#[group(skip)]
+pub struct Exec {
+    #[command(flatten)]
+    common: liboci_cli::Exec,
+    /// Unix socket that gets a pidfd of the exec's host process
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
+}
+
+pub fn exec(global: &Global, args: Exec) -> Outcome {
+    let Exec { common: args, pidfd_socket } = args;
     refuse_preserved(args.preserve_fds)?;
     if args.cgroup.is_some() {
         return Err(Error::Usage("--cgroup cannot be honoured: an exec is in its container's cgroup".into()));
@@ -34,15 +48,13 @@ pub fn exec(global: &Global, args: liboci_cli::Exec) -> Outcome {
         ignore_paused: args.ignore_paused,
     };
     let talk = Conversation::connect(&dir).map_err(Error::io("reach the container's supervisor"))?;
-    let write_pid = || match &args.pid_file {
-        Some(path) => Ok(state::write_pid_file(path, std::process::id() as i32)?),
-        None => Ok::<_, sandbox::Error>(()),
-    };
+    let announce = Announce { pid_file: args.pid_file, pidfd_socket };
+    let announce = || announce.process(pidfd::Kind::Exec);
     if args.detach {
-        launch::leave_behind(|ready| attach::exec(talk, exec, || write_pid().and_then(|()| ready())))?;
+        launch::leave_behind(|ready| attach::exec(talk, exec, || announce().and_then(|()| ready())))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let exit = attach::exec(talk, exec, write_pid)?;
+    let exit = attach::exec(talk, exec, announce)?;
     Ok(ExitCode::from(exit.code))
 }
 
@@ -70,9 +82,11 @@ fn process(state: &State, args: &liboci_cli::Exec) -> Result<Process, Error> {
         env.push(format!("{name}={value}"));
     }
     if let Some((uid, gid)) = args.user {
-        let mut user = User::default();
-        user.set_uid(uid).set_gid(gid.unwrap_or(0));
-        process.set_user(user);
+        let user = process.user_mut();
+        user.set_uid(uid);
+        if let Some(gid) = gid {
+            user.set_gid(gid);
+        }
     }
     if !args.additional_gids.is_empty() {
         process.user_mut().additional_gids_mut().get_or_insert_default().extend(&args.additional_gids);
@@ -144,6 +158,8 @@ mod tests {
             owner: 0,
             annotations: Default::default(),
             error: None,
+            resources: Default::default(),
+            vm: crate::size::VmSize { vcpus: 1, memory: 256 << 20 },
             poststop: Vec::new(),
         }
     }

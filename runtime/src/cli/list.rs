@@ -48,18 +48,22 @@ fn table(states: &[State]) -> String {
 }
 
 /// Aligned as Go's tabwriter does it for runc: at least 12 wide, 3 apart, the last column as it is.
-pub fn columns<const N: usize>(rows: &[[String; N]]) -> String {
-    let width =
-        |column: usize| rows.iter().map(|row| row[column].chars().count() + 3).max().unwrap_or(0).max(12);
-    let widths: Vec<usize> = (0..N).map(width).collect();
+pub fn columns(rows: &[impl AsRef<[String]>]) -> String {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows.iter().map(AsRef::as_ref) {
+        widths.resize(widths.len().max(row.len()), 12);
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count() + 3);
+        }
+    }
     let mut text = String::new();
-    for row in rows {
-        for (column, cell) in row.iter().enumerate() {
-            text.push_str(cell);
-            if column + 1 < N {
-                let padding = widths[column] - cell.chars().count();
-                text.extend(std::iter::repeat_n(' ', padding));
+    for row in rows.iter().map(AsRef::as_ref) {
+        if let Some((last, cells)) = row.split_last() {
+            for (cell, width) in cells.iter().zip(&widths) {
+                text.push_str(cell);
+                text.extend(std::iter::repeat_n(' ', width - cell.chars().count()));
             }
+            text.push_str(last);
         }
         text.push('\n');
     }

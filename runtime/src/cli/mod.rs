@@ -7,6 +7,7 @@
 mod check;
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod features;
 mod kill;
@@ -17,14 +18,17 @@ mod run;
 pub mod spec;
 mod start;
 mod state;
+mod update;
 
 use std::io::{self, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::sandbox::control::{Conversation, Reply, Request};
+use crate::sandbox::pidfd;
 use crate::state::{DEFAULT_ROOT, State, StateDir};
 use crate::{bundle, config, guest_files, log, sandbox, state as container};
 
@@ -59,21 +63,38 @@ struct Global {
     /// Accepted and without effect: containers' cgroups are the guest's
     #[arg(long, global = true, hide = true)]
     systemd_cgroup: bool,
+    /// Accepted and without effect: stockade must run as root
+    #[arg(long, hide = true, value_name = "BOOL", value_parser = ["true", "false", "auto"])]
+    rootless: Option<String>,
+    /// Accepted and without effect, as runc has it
+    #[arg(long, global = true, hide = true, value_name = "PATH")]
+    criu: Option<PathBuf>,
+}
+
+/// Refused: a VM's state cannot be saved by CRIU
+#[derive(Args)]
+struct Refused {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _words: Vec<String>,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    Run(liboci_cli::Run),
-    Create(liboci_cli::Create),
+    Run(run::Run),
+    Create(create::Create),
     Start(liboci_cli::Start),
     State(liboci_cli::State),
     Kill(kill::Kill),
     Delete(delete::Delete),
     List(liboci_cli::List),
-    Exec(liboci_cli::Exec),
+    Exec(exec::Exec),
     Ps(liboci_cli::Ps),
     Pause(liboci_cli::Pause),
     Resume(liboci_cli::Resume),
+    Update(update::Update),
+    Events(events::Events),
+    Checkpoint(Refused),
+    Restore(Refused),
     Spec(liboci_cli::Spec),
     Features(liboci_cli::Features),
     Check(check::Check),
@@ -120,7 +141,7 @@ pub fn main(process_start_ns: u64) -> ExitCode {
             return if e.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
-    match dispatch(&global, command, process_start_ns) {
+    match dispatch(global, command, process_start_ns) {
         Ok(code) => code,
         Err(e) => {
             let message = e.to_string().replace('\n', " ");
@@ -140,15 +161,12 @@ pub fn main(process_start_ns: u64) -> ExitCode {
     }
 }
 
-fn dispatch(global: &Global, command: Command, process_start_ns: u64) -> Outcome {
+fn dispatch(global: Global, command: Command, process_start_ns: u64) -> Outcome {
     log::set_up(global.log.as_deref(), global.log_format, global.debug)
         .map_err(|e| Error::Io(format!("open the log {}", show(global.log.as_deref())), e))?;
-    if !global.root.is_absolute() {
-        return Err(Error::Usage(format!(
-            "--root {} is relative: give an absolute path, so that every command finds the same state",
-            global.root.display()
-        )));
-    }
+    let root = std::path::absolute(&global.root)
+        .map_err(Error::io(format!("find the absolute path of --root {}", global.root.display())))?;
+    let global = &Global { root, ..global };
     match command {
         Command::Run(args) => run::run(global, args, process_start_ns),
         Command::Create(args) => create::create(global, args, process_start_ns),
@@ -161,10 +179,20 @@ fn dispatch(global: &Global, command: Command, process_start_ns: u64) -> Outcome
         Command::Ps(args) => ps::ps(global, args),
         Command::Pause(args) => pause::pause(global, args),
         Command::Resume(args) => pause::resume(global, args),
+        Command::Update(args) => update::update(global, args),
+        Command::Events(args) => events::events(global, args),
+        Command::Checkpoint(_) => Err(no_criu("checkpoint")),
+        Command::Restore(_) => Err(no_criu("restore")),
         Command::Spec(args) => spec::spec(args),
         Command::Features(_) => features::features(),
         Command::Check(_) => check::check(),
     }
+}
+
+fn no_criu(command: &str) -> Error {
+    Error::Usage(format!(
+        "{command} cannot be honoured: the container's processes are in a VM, where CRIU does not reach; use pause"
+    ))
 }
 
 /// A container that exists.
@@ -183,7 +211,16 @@ fn stopped(what: &str, state: &State) -> Error {
 }
 
 /// Asks a container's supervisor; `None` when it has none.
-fn ask(dir: &StateDir, request: &Request) -> Result<Option<(Reply, Vec<std::os::fd::OwnedFd>)>, Error> {
+fn ask(dir: &StateDir, request: &Request) -> Result<Option<(Reply, Vec<OwnedFd>)>, Error> {
+    ask_with(dir, request, &[])
+}
+
+/// The same with descriptors.
+fn ask_with(
+    dir: &StateDir,
+    request: &Request,
+    fds: &[BorrowedFd],
+) -> Result<Option<(Reply, Vec<OwnedFd>)>, Error> {
     let talk = match Conversation::connect(dir) {
         Ok(talk) => talk,
         Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
@@ -192,11 +229,30 @@ fn ask(dir: &StateDir, request: &Request) -> Result<Option<(Reply, Vec<std::os::
         Err(e) => return Err(Error::Io("reach the container's supervisor".into(), e)),
     };
     // A supervisor that ends while it is asked is one that is not there.
-    match talk.send(request, &[]).and_then(|()| talk.recv()) {
+    match talk.send(request, fds).and_then(|()| talk.recv()) {
         Ok(Some((Reply::Failed { message }, _))) => Err(Error::Refused(message)),
         Ok(reply) => Ok(reply),
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(None),
         Err(e) => Err(Error::Io("talk to the container's supervisor".into(), e)),
+    }
+}
+
+/// How a caller learns of a process on the host.
+struct Announce {
+    pid_file: Option<PathBuf>,
+    pidfd_socket: Option<PathBuf>,
+}
+
+impl Announce {
+    /// Tells of this process.
+    fn process(&self, kind: pidfd::Kind) -> Result<(), sandbox::Error> {
+        if let Some(path) = &self.pid_file {
+            container::write_pid_file(path, std::process::id() as i32)?;
+        }
+        match &self.pidfd_socket {
+            Some(socket) => Ok(pidfd::send(socket, kind)?),
+            None => Ok(()),
+        }
     }
 }
 
@@ -250,6 +306,18 @@ mod tests {
             "stockade --systemd-cgroup state ID",
             "stockade --debug features",
             "stockade spec --bundle /b",
+            "stockade --rootless=false --criu /c list",
+            "stockade update --resources - ID",
+            "stockade update --resources=/f ID",
+            "stockade update --memory -1 --memory-swap=-1 --cpu-quota -1 ID",
+            "stockade events --stats ID",
+            "stockade events --interval 100ms ID",
+            "stockade ps ID -o pid,args",
+            "stockade create --pidfd-socket /s ID",
+            "stockade run --pidfd-socket /s ID",
+            "stockade exec --pidfd-socket /s ID true",
+            "stockade checkpoint --image-path /i --leave-running ID",
+            "stockade restore -d --bundle /b ID",
         ] {
             if let Err(e) = Arguments::try_parse_from(line.split(' ')) {
                 panic!("{line}: {e}");

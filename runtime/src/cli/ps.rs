@@ -1,23 +1,106 @@
 //! `stockade ps`: the container's processes. Their pids are those of the guest.
+//!
+//! runc hands its options to the host's ps(1), which does not see into a VM; so the options that its callers use are
+//! understood here, and others refused.
 
 use super::list::columns;
 use super::{Error, Global, Outcome, ask, open, print, stopped};
+use crate::clock;
 use crate::sandbox::control::{ProcessInfo, Request, read_attachment};
 
-pub fn ps(global: &Global, args: liboci_cli::Ps) -> Outcome {
-    if !args.ps_options.is_empty() {
-        return Err(Error::Usage(
-            "options for ps(1) cannot be honoured: the container's processes are in a VM, where ps(1) does not reach"
-                .into(),
-        ));
+/// What `ps -ef` shows.
+const FULL: [Column; 8] = [
+    Column::User,
+    Column::Pid,
+    Column::Ppid,
+    Column::CpuPercent,
+    Column::Started,
+    Column::Tty,
+    Column::Time,
+    Column::Args,
+];
+
+/// What a process can be shown by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Column {
+    User,
+    Pid,
+    Ppid,
+    CpuPercent,
+    Started,
+    Elapsed,
+    Tty,
+    Time,
+    Command,
+    Args,
+}
+
+impl Column {
+    /// By the names that ps(1) has for it.
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "user" | "uid" | "euid" | "ruid" | "euser" | "ruser" => Column::User,
+            "pid" | "tgid" => Column::Pid,
+            "ppid" => Column::Ppid,
+            "c" | "pcpu" | "%cpu" => Column::CpuPercent,
+            "stime" | "start_time" | "start" | "bsdstart" => Column::Started,
+            "etime" => Column::Elapsed,
+            "tty" | "tt" | "tname" => Column::Tty,
+            "time" | "cputime" | "bsdtime" => Column::Time,
+            "comm" | "ucmd" | "ucomm" => Column::Command,
+            "args" | "cmd" | "command" => Column::Args,
+            _ => return None,
+        })
     }
+
+    fn head(self) -> &'static str {
+        match self {
+            Column::User => "UID",
+            Column::Pid => "PID",
+            Column::Ppid => "PPID",
+            Column::CpuPercent => "C",
+            Column::Started => "STIME",
+            Column::Elapsed => "ELAPSED",
+            Column::Tty => "TTY",
+            Column::Time => "TIME",
+            Column::Command => "COMMAND",
+            Column::Args => "CMD",
+        }
+    }
+
+    /// `now` is seconds since the epoch.
+    fn of(self, process: &ProcessInfo, now: u64) -> String {
+        let elapsed = now.saturating_sub(process.started);
+        match self {
+            Column::User => process.uid.to_string(),
+            Column::Pid => process.pid.to_string(),
+            Column::Ppid => process.ppid.to_string(),
+            Column::CpuPercent => {
+                (process.cpu_ns / 10_000_000).checked_div(elapsed).unwrap_or(0).min(99).to_string()
+            }
+            Column::Started => clock::hour_and_minute(process.started),
+            Column::Elapsed => in_hours(elapsed),
+            Column::Tty if process.tty.is_empty() => "?".into(),
+            Column::Tty => printable(&process.tty),
+            Column::Time => in_hours(process.cpu_ns / 1_000_000_000),
+            Column::Command => {
+                let program = process.command.split(' ').next().unwrap_or_default();
+                printable(program.rsplit('/').next().unwrap_or_default())
+            }
+            Column::Args => printable(&process.command),
+        }
+    }
+}
+
+pub fn ps(global: &Global, args: liboci_cli::Ps) -> Outcome {
+    let wanted = wanted(&args.ps_options)?;
     let (dir, state) = open(global, &args.container_id)?;
     let (_, fds) = ask(&dir, &Request::Processes)?.ok_or_else(|| stopped("container not running", &state))?;
     let bytes = read_attachment(fds).map_err(Error::io("read the list of processes"))?;
     let list: Vec<ProcessInfo> = serde_json::from_slice(&bytes)
         .map_err(|e| Error::Io("read the list of processes".into(), e.into()))?;
     match args.format.as_str() {
-        "table" => print(&table(&list)),
+        "table" => print(&table(&list, &wanted, clock::realtime_ns() / 1_000_000_000)),
         "json" => {
             let pids: Vec<u32> = list.iter().map(|process| process.pid).collect();
             let text =
@@ -28,20 +111,43 @@ pub fn ps(global: &Global, args: liboci_cli::Ps) -> Outcome {
     }
 }
 
-fn table(list: &[ProcessInfo]) -> String {
-    let mut rows = vec![["UID", "PID", "PPID", "TTY", "TIME", "CMD"].map(String::from)];
-    rows.extend(list.iter().map(|process| {
-        let seconds = process.cpu_ns / 1_000_000_000;
-        [
-            process.uid.to_string(),
-            process.pid.to_string(),
-            process.ppid.to_string(),
-            if process.tty.is_empty() { "?".into() } else { printable(&process.tty) },
-            format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60),
-            printable(&process.command),
-        ]
-    }));
+/// The columns that options of ps(1) ask for. Which processes are shown is not for them to say.
+fn wanted(options: &[String]) -> Result<Vec<Column>, Error> {
+    let mut columns = Vec::new();
+    let mut words = options.iter();
+    while let Some(word) = words.next() {
+        let list = match word.as_str() {
+            "-e" | "-A" | "-f" | "-ef" | "-fe" | "-Af" | "aux" | "-aux" | "ax" | "axu" => continue,
+            "-o" | "-eo" | "-Ao" | "o" | "axo" | "--format" => words.next().map(String::as_str),
+            other => other
+                .strip_prefix("--format=")
+                .or_else(|| other.strip_prefix("-eo"))
+                .or_else(|| other.strip_prefix("-o")),
+        };
+        let list = list.filter(|list| !list.is_empty()).ok_or_else(|| {
+            Error::Usage(format!(
+                "the option {word:?} for ps(1) cannot be honoured: the processes are in a VM; use -ef, aux or -o"
+            ))
+        })?;
+        for name in list.split([',', ' ']).map(|name| name.split('=').next().unwrap_or_default()) {
+            columns.push(Column::named(&name.to_ascii_lowercase()).ok_or_else(|| {
+                Error::Usage(format!(
+                    "ps(1)'s column {name:?} cannot be honoured: use pid, ppid, user, stime, etime, tty, time, comm or args"
+                ))
+            })?);
+        }
+    }
+    Ok(if columns.is_empty() { FULL.to_vec() } else { columns })
+}
+
+fn table(list: &[ProcessInfo], wanted: &[Column], now: u64) -> String {
+    let mut rows = vec![wanted.iter().map(|column| column.head().to_owned()).collect::<Vec<_>>()];
+    rows.extend(list.iter().map(|process| wanted.iter().map(|column| column.of(process, now)).collect()));
     columns(&rows)
+}
+
+fn in_hours(seconds: u64) -> String {
+    format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
 }
 
 /// Names are the workload's: no control character of it reaches a terminal.
@@ -53,6 +159,10 @@ fn printable(text: &str) -> String {
 mod tests {
     use super::*;
 
+    fn words(line: &str) -> Vec<String> {
+        line.split_whitespace().map(String::from).collect()
+    }
+
     #[test]
     fn a_process_is_a_line_whatever_its_name() {
         let process = ProcessInfo {
@@ -60,12 +170,30 @@ mod tests {
             ppid: 1,
             uid: 0,
             cpu_ns: 3_725_000_000_000,
-            started: 0,
+            started: 1000,
             tty: String::new(),
-            command: "sh\n\x1b[2J".into(),
+            command: "/bin/sh\n\x1b[2J -c x".into(),
         };
-        let text = table(&[process]);
+        let text = table(std::slice::from_ref(&process), &FULL, 8450);
         assert_eq!(text.lines().count(), 2);
         assert!(text.contains("01:02:05") && text.contains("sh??[2J"));
+        assert_eq!(words(text.lines().nth(1).unwrap())[..7], ["0", "7", "1", "50", "00:16", "?", "01:02:05"]);
+        // A guest that claims to have begun in the future divides by nothing.
+        let text = table(&[process], &wanted(&words("-o pid,c,etime,comm")).unwrap(), 0);
+        assert_eq!(words(text.lines().nth(1).unwrap()), ["7", "0", "00:00:00", "sh??[2J"]);
+    }
+
+    #[test]
+    fn options_of_ps_say_what_is_shown() {
+        assert_eq!(wanted(&[]).unwrap(), FULL);
+        assert_eq!(wanted(&words("-ef")).unwrap(), FULL);
+        assert_eq!(wanted(&words("aux")).unwrap(), FULL);
+        let two = [Column::Pid, Column::Args];
+        for line in ["-o pid,args", "-eo pid,cmd", "-o pid -o args", "-opid,ARGS", "--format=pid,args="] {
+            assert_eq!(wanted(&words(line)).unwrap(), two, "{line}");
+        }
+        for line in ["-Z", "-o", "-o pid,label", "--forest"] {
+            assert!(wanted(&words(line)).is_err(), "{line}");
+        }
     }
 }

@@ -1,15 +1,30 @@
 //! `stockade run`: create, start, and unless it is detached, wait and delete.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::{Error, Global, Outcome, refuse_preserved};
+use clap::Args;
+
+use super::{Announce, Error, Global, Outcome, refuse_preserved};
 use crate::bundle::Bundle;
 use crate::config::Settings;
 use crate::sandbox::single::{self, Launch, Mode};
-use crate::sandbox::{attach, launch};
+use crate::sandbox::{attach, launch, pidfd};
 use crate::state;
 
-pub fn run(global: &Global, args: liboci_cli::Run, process_start_ns: u64) -> Outcome {
+/// Create and start a container, and unless it is detached wait for its end and remove it
+#[derive(Args)]
+#[group(skip)]
+pub struct Run {
+    #[command(flatten)]
+    common: liboci_cli::Run,
+    /// Unix socket that gets a pidfd of the container's host process
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
+}
+
+pub fn run(global: &Global, args: Run, process_start_ns: u64) -> Outcome {
+    let Run { common: args, pidfd_socket } = args;
     refuse_preserved(args.preserve_fds)?;
     state::check(&args.container_id)?;
     let bundle = Bundle::load(&args.bundle)?;
@@ -24,18 +39,15 @@ pub fn run(global: &Global, args: liboci_cli::Run, process_start_ns: u64) -> Out
         debug: global.debug,
         process_start_ns,
     };
-    let pid_file = args.pid_file;
-    let write_pid = move || match &pid_file {
-        Some(path) => Ok(state::write_pid_file(path, std::process::id() as i32)?),
-        None => Ok(()),
-    };
+    let announce = Announce { pid_file: args.pid_file, pidfd_socket };
+    let announce = move || announce.process(pidfd::Kind::Init);
     if args.detach {
         launch::leave_behind(move |ready| {
-            single::run(launch, Mode::RunDetached, move || write_pid().and_then(|()| ready()))
+            single::run(launch, Mode::RunDetached, move || announce().and_then(|()| ready()))
         })?;
         return Ok(ExitCode::SUCCESS);
     }
-    let exit = single::run(launch, Mode::Run { keep: args.keep }, write_pid)?;
+    let exit = single::run(launch, Mode::Run { keep: args.keep }, announce)?;
     if exit.oom_killed {
         tracing::warn!("the kernel killed a process of the container: out of memory");
         eprintln!(

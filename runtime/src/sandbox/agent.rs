@@ -10,7 +10,8 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, ExecRequest, HandshakeRequest, HandshakeResponse, Process,
-    ProcessRequest, ResizeRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest, Stdio, WaitResponse,
+    ProcessRequest, ResizeRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse, Stdio,
+    UpdateRequest, WaitResponse,
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
@@ -102,6 +103,17 @@ impl Agent {
     /// Thaws it.
     pub async fn resume(&self, id: &str) -> Result<(), Error> {
         call(self.0.resume(context(), &container(id))).await.map(drop)
+    }
+
+    /// Applies limits; `resources` is JSON.
+    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), Error> {
+        let request = UpdateRequest { container_id: id.into(), resources, ..Default::default() };
+        call(self.0.update(context(), &request)).await.map(drop)
+    }
+
+    /// Reads what it uses.
+    pub async fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
+        call(self.0.stats(context(), &container(id))).await
     }
 
     /// Lists its processes.

@@ -43,6 +43,10 @@ pub enum Request {
     Resume,
     /// List its processes.
     Processes,
+    /// Apply limits; all of them come as an attachment, a `linux.resources` object.
+    Update,
+    /// Tell what it uses.
+    Stats,
     /// Run a further process; its process object comes as an attachment.
     Exec { stdio: [bool; 3], ignore_paused: bool },
     /// In an exec's conversation: a signal for its process.
@@ -61,6 +65,8 @@ pub enum Reply {
     Failed { message: String },
     /// A list of [`ProcessInfo`] comes as an attachment.
     Processes,
+    /// What it uses comes as an attachment, in the shape of runc's `events`.
+    Stats,
     /// The exec's process runs; the streams that were asked for come with it.
     Started,
     /// It has ended.

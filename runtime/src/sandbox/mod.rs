@@ -12,12 +12,14 @@ pub mod attach;
 mod console;
 pub mod control;
 pub mod launch;
+pub mod pidfd;
 mod poll;
 mod relay;
 mod reservation;
 mod share;
 pub mod signals;
 pub mod single;
+mod stats;
 mod stdio;
 mod supervisor;
 pub mod terminal;
@@ -87,6 +89,9 @@ pub enum Error {
     /// of a terminal
     #[error(transparent)]
     Terminal(#[from] terminal::Error),
+    /// of a pidfd socket
+    #[error(transparent)]
+    PidFd(#[from] pidfd::Error),
     /// the agent said no to something
     #[error("cannot {what}: {source}")]
     Agent { what: &'static str, source: agent::Error },

@@ -76,7 +76,7 @@ pub fn run(
     let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), timeline)?;
 
     // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
-    let state = first_state(&id, &bundle, spawned.vmm_process()?)?;
+    let state = first_state(&id, &bundle, size, spawned.vmm_process()?)?;
     let reservation = Reservation::new(StateDir::create(&root, &id)?);
     reservation.dir().save(&state)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -140,7 +140,7 @@ fn open_stdio(bundle: &Bundle, console_socket: Option<&Path>) -> Result<HostStdi
     }
 }
 
-fn first_state(id: &str, bundle: &Bundle, vmm: ProcessId) -> Result<State, Error> {
+fn first_state(id: &str, bundle: &Bundle, size: VmSize, vmm: ProcessId) -> Result<State, Error> {
     let supervisor = ProcessId::current().map_err(|e| Error::Os("read /proc/self/stat", e))?;
     let annotations = bundle.spec.annotations().iter().flatten();
     Ok(State {
@@ -155,6 +155,8 @@ fn first_state(id: &str, bundle: &Bundle, vmm: ProcessId) -> Result<State, Error
         owner: nix::unistd::getuid().as_raw(),
         annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect::<BTreeMap<_, _>>(),
         error: None,
+        resources: bundle.limits(),
+        vm: size,
         poststop: bundle.spec.hooks().as_ref().and_then(|h| h.poststop().clone()).unwrap_or_default(),
     })
 }

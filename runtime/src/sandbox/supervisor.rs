@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use oci_spec::runtime::{Hook, Hooks};
+use oci_spec::runtime::{Hook, Hooks, LinuxResources};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -237,6 +237,14 @@ impl Supervisor {
                 }
                 Err(e) => Err(e),
             },
+            Request::Stats => match self.stats().await {
+                Ok(stats) => {
+                    let _ = talk.send(&Reply::Stats, &[stats.as_fd()]);
+                    return;
+                }
+                Err(e) => Err(e),
+            },
+            Request::Update => self.update(fds).await,
             Request::Start => self.start_on_request().await,
             Request::Kill { signal, all } => {
                 self.sandbox.agent.signal(&self.id(), "", signal, all).await.map_err(|e| e.to_string())
@@ -277,6 +285,21 @@ impl Supervisor {
         };
         result.map_err(|e| e.to_string())?;
         self.set_status(next).map_err(|e| e.to_string())
+    }
+
+    async fn update(&self, fds: Vec<OwnedFd>) -> Result<(), String> {
+        let bytes = control::read_attachment(fds).map_err(|e| e.to_string())?;
+        let resources: LinuxResources = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
+        self.sandbox.agent.update(&self.id(), bytes).await.map_err(|e| e.to_string())?;
+        let mut state = self.state.borrow_mut();
+        state.resources = resources;
+        self.dir.save(&state).map_err(|e| e.to_string())
+    }
+
+    async fn stats(&self) -> Result<OwnedFd, String> {
+        let stats = self.sandbox.agent.stats(&self.id()).await.map_err(|e| e.to_string())?;
+        let bytes = super::stats::as_runc_has_it(&stats).to_string();
+        control::attachment(bytes.as_bytes()).map_err(|e| e.to_string())
     }
 
     async fn processes(&self) -> Result<OwnedFd, String> {

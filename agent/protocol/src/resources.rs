@@ -1,12 +1,27 @@
-//! `linux.resources` as writes to files of a cgroup v2.
+//! `linux.resources` as writes to files of a container's cgroup (v2) in the guest.
 //!
-//! The agent does this itself because the alternative in libcontainer drops or refuses other fields than a user of
-//! runc expects, and walks the cgroup file system for it on every start. What has no meaning in cgroup v2 is refused
-//! by name, unless the guest honours it anyway: it has no swap, no huge pages and no RDMA, so limits on those hold.
+//! Here, because the host must know before it starts a VM what the agent would refuse. What has no meaning in
+//! cgroup v2 is refused by name, unless the guest honours it anyway: it has no swap, no huge pages and no RDMA, so
+//! limits on those hold. What only the host can limit, which CPUs and block devices are used, is not the guest's.
 
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 
-use crate::error::Error;
+/// A limit that cannot be honoured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// The field below `linux.resources`.
+    pub field: String,
+    /// Why not.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "linux.resources.{} cannot be honoured: {}", self.field, self.reason)
+    }
+}
+
+impl std::error::Error for Refused {}
 
 /// One write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,12 +40,12 @@ fn set(field: &'static str, file: &str, value: impl ToString) -> Setting {
     Setting { field, file: file.into(), value: value.to_string(), only_if_present: false }
 }
 
-fn refuse(field: &str, why: &str) -> Error {
-    Error::Invalid(format!("linux.resources.{field} cannot be honoured: {why}"))
+fn refuse(field: &str, reason: impl Into<String>) -> Refused {
+    Refused { field: field.into(), reason: reason.into() }
 }
 
 /// All writes for `resources`, in an order the kernel accepts.
-pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
+pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Refused> {
     let mut settings = Vec::new();
     if let Some(memory) = resources.memory() {
         memory_settings(memory, &mut settings)?;
@@ -41,9 +56,6 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
     if let Some(pids) = resources.pids() {
         // 0 and -1 are "no limit" to those who write specs, whatever the kernel makes of 0.
         settings.push(set("linux.resources.pids.limit", "pids.max", limit(pids.limit(), 0)));
-    }
-    if let Some(io) = resources.block_io() {
-        io_settings(io, &mut settings)?;
     }
     for hugepages in resources.hugepage_limits().iter().flatten() {
         settings.push(Setting {
@@ -67,9 +79,9 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
     Ok(settings)
 }
 
-fn file_part<'a>(field: &str, name: &'a str) -> Result<&'a str, Error> {
+fn file_part<'a>(field: &str, name: &'a str) -> Result<&'a str, Refused> {
     if name.is_empty() || name.contains('/') || name.starts_with("cgroup.") {
-        return Err(refuse(field, &format!("{name:?} names no limit")));
+        return Err(refuse(field, format!("{name:?} names no limit")));
     }
     Ok(name)
 }
@@ -79,7 +91,7 @@ fn limit(value: i64, none: i64) -> String {
     if value <= none { "max".into() } else { value.to_string() }
 }
 
-fn memory_settings(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<(), Error> {
+fn memory_settings(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<(), Refused> {
     #[allow(deprecated)] // Refused, not used.
     if memory.kernel().unwrap_or(0) > 0 || memory.kernel_tcp().unwrap_or(0) > 0 {
         return Err(refuse("memory.kernel", "cgroup v2 has no limit of kernel memory of its own"));
@@ -113,7 +125,7 @@ fn memory_settings(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<
     Ok(())
 }
 
-fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error> {
+fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Refused> {
     if cpu.realtime_runtime().unwrap_or(0) != 0 || cpu.realtime_period().unwrap_or(0) != 0 {
         return Err(refuse("cpu.realtimeRuntime", "cgroup v2 has no limit of real-time processes"));
     }
@@ -123,56 +135,26 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error
     if let Some(shares) = cpu.shares().filter(|s| *s != 0) {
         settings.push(set("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares)));
     }
+    let burst = cpu.burst();
     if cpu.quota().is_some() || cpu.period().is_some_and(|p| p != 0) {
+        // The kernel never has more burst than quota: an old burst must not forbid a new quota.
+        if burst.is_some() {
+            settings.push(set("linux.resources.cpu.burst", "cpu.max.burst", 0));
+        }
         let quota = limit(cpu.quota().unwrap_or(-1), 0);
         // 100 ms is the kernel's default.
         let period = cpu.period().filter(|p| *p != 0).unwrap_or(100_000);
         settings.push(set("linux.resources.cpu.quota", "cpu.max", format!("{quota} {period}")));
     }
-    if let Some(burst) = cpu.burst() {
+    if let Some(burst) = burst {
         settings.push(set("linux.resources.cpu.burst", "cpu.max.burst", burst));
-    }
-    if let Some(cpus) = cpu.cpus().as_ref().filter(|c| !c.is_empty()) {
-        settings.push(set("linux.resources.cpu.cpus", "cpuset.cpus", cpus));
-    }
-    if let Some(mems) = cpu.mems().as_ref().filter(|m| !m.is_empty()) {
-        settings.push(set("linux.resources.cpu.mems", "cpuset.mems", mems));
     }
     Ok(())
 }
 
 /// cgroup v1's 2..=262144 to cgroup v2's 1..=10000, as runc, crun and systemd's callers convert.
-fn weight_of_shares(shares: u64) -> u64 {
+pub fn weight_of_shares(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
-}
-
-fn io_settings(io: &LinuxBlockIo, settings: &mut Vec<Setting>) -> Result<(), Error> {
-    if io.leaf_weight().unwrap_or(0) != 0 {
-        return Err(refuse("blockIO.leafWeight", "cgroup v2 has no leaf weight"));
-    }
-    if io.weight_device().as_ref().is_some_and(|d| !d.is_empty()) {
-        return Err(refuse("blockIO.weightDevice", "the guest's block devices are not the host's"));
-    }
-    if let Some(weight) = io.weight().filter(|w| *w != 0) {
-        // cgroup v1's 10..=1000 to cgroup v2's 1..=10000.
-        let weight = 1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9_999 / 990;
-        settings.push(set("linux.resources.blockIO.weight", "io.weight", format!("default {weight}")));
-    }
-    let mut throttle = |field, devices: &Option<Vec<LinuxThrottleDevice>>, key: &str| {
-        for device in devices.iter().flatten() {
-            let rate = if device.rate() == 0 { "max".into() } else { device.rate().to_string() };
-            settings.push(set(
-                field,
-                "io.max",
-                format!("{}:{} {key}={rate}", device.major(), device.minor()),
-            ));
-        }
-    };
-    throttle("linux.resources.blockIO.throttleReadBpsDevice", io.throttle_read_bps_device(), "rbps");
-    throttle("linux.resources.blockIO.throttleWriteBpsDevice", io.throttle_write_bps_device(), "wbps");
-    throttle("linux.resources.blockIO.throttleReadIOPSDevice", io.throttle_read_iops_device(), "riops");
-    throttle("linux.resources.blockIO.throttleWriteIOPSDevice", io.throttle_write_iops_device(), "wiops");
-    Ok(())
 }
 
 #[cfg(test)]
@@ -204,9 +186,20 @@ mod tests {
                 ("memory.low", "33554432"),
                 ("cpu.weight", "39"),
                 ("cpu.max", "150000 100000"),
-                ("cpuset.cpus", "0-1"),
                 ("pids.max", "64"),
             ])
+        );
+    }
+
+    #[test]
+    fn a_new_quota_is_not_held_up_by_an_old_burst() {
+        assert_eq!(
+            of(r#"{"cpu":{"quota":20000,"period":100000,"burst":10000}}"#),
+            pairs(&[("cpu.max.burst", "0"), ("cpu.max", "20000 100000"), ("cpu.max.burst", "10000")])
+        );
+        assert_eq!(
+            of(r#"{"cpu":{"burst":5,"idle":1}}"#),
+            pairs(&[("cpu.idle", "1"), ("cpu.max.burst", "5")])
         );
     }
 

@@ -1,0 +1,98 @@
+//! `linux.resources`: what of it can be honoured, and what an update makes of it.
+
+use oci_spec::runtime::{LinuxDeviceType, LinuxResources};
+use serde_json::Value;
+use stockade_agent_protocol::resources;
+
+use super::Error;
+use super::validate::{unsupported, value};
+
+/// Checks limits before anything is done with them.
+pub fn check(limits: &LinuxResources) -> Result<(), Error> {
+    resources::settings(limits)?;
+    if limits.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
+        return unsupported("linux.resources.rdma", "the guest has no RDMA devices; remove it");
+    }
+    for (index, rule) in limits.devices().iter().flatten().enumerate() {
+        let field = |name: &str| format!("linux.resources.devices[{index}].{name}");
+        if rule.typ() == Some(LinuxDeviceType::P) {
+            return value(&field("type"), "p", "give a, b or c: a fifo is no device");
+        }
+        for (name, number) in [("major", rule.major()), ("minor", rule.minor())] {
+            if let Some(number) = number.filter(|n| *n != -1 && u32::try_from(*n).is_err()) {
+                return value(&field(name), &number.to_string(), "give a device number, or -1 for all");
+            }
+        }
+        let access = rule.access().as_deref().unwrap_or_default();
+        if access.chars().any(|letter| !"rwm".contains(letter)) {
+            return value(&field("access"), access, "use the letters r, w and m");
+        }
+    }
+    Ok(())
+}
+
+/// The limits in force after `changes`: what they do not name stays. Rules for devices are not changed this way, as
+/// in runc.
+pub fn merge(current: &LinuxResources, changes: &LinuxResources) -> Result<LinuxResources, Error> {
+    let mut merged = serde_json::to_value(current).map_err(Error::Encode)?;
+    merge_values(&mut merged, serde_json::to_value(changes).map_err(Error::Encode)?);
+    let mut merged: LinuxResources = serde_json::from_value(merged).map_err(Error::Encode)?;
+    merged.set_devices(None);
+    Ok(merged)
+}
+
+fn merge_values(current: &mut Value, changes: Value) {
+    match (current, changes) {
+        (Value::Object(current), Value::Object(changes)) => {
+            for (name, change) in changes {
+                merge_values(current.entry(name).or_insert(Value::Null), change);
+            }
+        }
+        (_, Value::Null) => {}
+        (current, change) => *current = change,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn limits(json: Value) -> LinuxResources {
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn an_update_changes_what_it_names_and_no_rules_for_devices() {
+        let current = limits(json!({
+            "memory": {"limit": 100, "swap": 200}, "cpu": {"shares": 5, "cpus": "0"},
+            "unified": {"memory.high": "1"},
+        }));
+        let changes = limits(json!({
+            "memory": {"limit": 50}, "pids": {"limit": 7}, "unified": {"pids.max": "3"},
+            "devices": [{"allow": true, "access": "rwm"}],
+        }));
+        let merged = serde_json::to_value(merge(&current, &changes).unwrap()).unwrap();
+        assert_eq!(merged["memory"], json!({"limit": 50, "swap": 200}));
+        assert_eq!(merged["cpu"]["shares"], 5);
+        assert_eq!(merged["pids"]["limit"], 7);
+        assert_eq!(merged["unified"], json!({"memory.high": "1", "pids.max": "3"}));
+        assert!(merged.get("devices").is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_named() {
+        for (json, field) in [
+            (json!({"memory": {"limit": 100, "swap": 50}}), "linux.resources.memory.swap"),
+            (json!({"cpu": {"realtimePeriod": 100}}), "linux.resources.cpu.realtimeRuntime"),
+            (json!({"rdma": {"mlx5_1": {"hcaHandles": 3}}}), "linux.resources.rdma"),
+            (json!({"devices": [{"allow": true, "type": "p"}]}), "linux.resources.devices[0].type"),
+            (json!({"devices": [{"allow": true, "access": "x"}]}), "linux.resources.devices[0].access"),
+            (json!({"devices": [{"allow": true, "major": -2}]}), "linux.resources.devices[0].major"),
+            (json!({"unified": {"a/b": "1"}}), "linux.resources.unified"),
+        ] {
+            let error = check(&limits(json.clone())).unwrap_err().to_string();
+            assert!(error.starts_with(field), "{json}: {error}");
+        }
+    }
+}
