@@ -18,9 +18,12 @@ const RECIPE: u32 = 2;
 
 const SUITE: &str = "bookworm";
 
-/// Packages of the lab's root beyond Debian's minbase: the runtimes that stockade is compared with, and what
-/// the suites look at a host with.
-const PACKAGES: &str = "runc,crun,busybox-static,procps,psmisc,util-linux,iproute2,iptables,kmod,strace,socat,jq,python3-minimal";
+/// Packages of the lab's root beyond Debian's minbase: the runtimes that stockade is compared with, what calls a
+/// runtime and what makes its images and networks, and what the suites look at a host with.
+const PACKAGES: &str = "runc,crun,busybox-static,procps,psmisc,util-linux,iproute2,iptables,kmod,strace,socat,jq,python3-minimal,\
+    containerd,docker.io,podman,conmon,catatonit,netavark,aardvark-dns,containernetworking-plugins,\
+    buildah,skopeo,umoci,docker-registry,bats,\
+    iputils-ping,iperf3,dnsmasq-base,curl,ethtool,tcpdump,nftables,fio,erofs-utils,attr";
 
 /// Debian's cloud kernel as apt names it; the newest that there is gets taken.
 const KERNEL: &str = r"^linux-image-6\.12\.[0-9]+\+deb12-cloud-amd64-unsigned$";
