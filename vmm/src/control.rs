@@ -19,6 +19,8 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+pub use crate::virtio::net::Interface;
+
 /// Largest packet in bytes. The largest message is `Boot`, whose command line the kernel cuts at 2 KiB anyway.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 
@@ -40,6 +42,8 @@ pub struct Boot {
     pub kernel_name: String,
     /// What to call the initrd file in an error.
     pub initrd_name: String,
+    /// Whether the guest is told of the network slots, all of which are empty until [`Request::AttachNetwork`].
+    pub network: bool,
 }
 
 /// From the supervisor to the VMM.
@@ -55,6 +59,22 @@ pub enum Request {
         id: u64,
         /// The guest's port.
         port: u32,
+    },
+    /// Make a network interface of an empty slot. The tap comes with it, opened with
+    /// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`. Answered by `NetworkAttached` or `NetworkRefused`. A guest that booted
+    /// before does not notice by itself: have it probe its virtio-mmio devices again.
+    AttachNetwork {
+        /// Which, 0 to 3.
+        slot: u8,
+        /// What the guest sees.
+        interface: Interface,
+    },
+    /// Set or take away the carrier of an attached interface. Not answered.
+    SetLink {
+        /// Which, 0 to 3.
+        slot: u8,
+        /// Whether there is a carrier.
+        up: bool,
     },
     /// Stop all vCPUs where they are. Answered by `Paused`.
     Pause,
@@ -79,6 +99,18 @@ pub enum Event {
     Refused {
         /// The id of the `Connect`.
         id: u64,
+        /// Why, as one clause.
+        reason: String,
+    },
+    /// The slot holds an interface now.
+    NetworkAttached {
+        /// Of the `AttachNetwork`.
+        slot: u8,
+    },
+    /// The slot was left as it was; the tap has been closed.
+    NetworkRefused {
+        /// Of the `AttachNetwork`.
+        slot: u8,
         /// Why, as one clause.
         reason: String,
     },
@@ -180,6 +212,16 @@ impl Client {
         self.0.send(&Request::Connect { id, port }, &[stream])
     }
 
+    /// Makes an interface of an empty network slot.
+    pub fn attach_network(&self, slot: u8, interface: Interface, tap: BorrowedFd) -> Result<(), Error> {
+        self.0.send(&Request::AttachNetwork { slot, interface }, &[tap])
+    }
+
+    /// Sets the carrier of an interface.
+    pub fn set_link(&self, slot: u8, up: bool) -> Result<(), Error> {
+        self.0.send(&Request::SetLink { slot, up }, &[])
+    }
+
     /// Stops the vCPUs where they are.
     pub fn pause(&self) -> Result<(), Error> {
         self.0.send(&Request::Pause, &[])
@@ -235,6 +277,8 @@ impl AsRawFd for Client {
 pub(crate) enum Received {
     Boot { boot: Boot, kernel: OwnedFd, initrd: OwnedFd, share: OwnedFd, console: OwnedFd },
     Connect { id: u64, port: u32, stream: OwnedFd },
+    AttachNetwork { slot: u8, interface: Interface, tap: OwnedFd },
+    SetLink { slot: u8, up: bool },
     Pause,
     Resume,
     Stop,
@@ -263,6 +307,11 @@ impl Server {
                 let [stream] = take_fds(fds)?;
                 Received::Connect { id, port, stream }
             }
+            Request::AttachNetwork { slot, interface } => {
+                let [tap] = take_fds(fds)?;
+                Received::AttachNetwork { slot, interface, tap }
+            }
+            Request::SetLink { slot, up } => expect_fds(&fds, 0).map(|()| Received::SetLink { slot, up })?,
             Request::Pause => expect_fds(&fds, 0).map(|()| Received::Pause)?,
             Request::Resume => expect_fds(&fds, 0).map(|()| Received::Resume)?,
             Request::Stop => expect_fds(&fds, 0).map(|()| Received::Stop)?,
@@ -379,6 +428,7 @@ mod tests {
             cmdline: "debug".into(),
             kernel_name: "vmlinux".into(),
             initrd_name: "initrd.img".into(),
+            network: true,
         }
     }
 
@@ -409,6 +459,25 @@ mod tests {
     }
 
     #[test]
+    fn an_interface_arrives_with_its_tap() {
+        let (client, server) = pair();
+        let interface = Interface { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, up: true };
+        let file = std::fs::File::open("/dev/null").unwrap();
+        client.attach_network(2, interface, file.as_fd()).unwrap();
+        client.set_link(2, false).unwrap();
+        let Poll::Ready(Some(Received::AttachNetwork { slot: 2, interface: got, .. })) =
+            server.recv(false).unwrap()
+        else {
+            panic!("no interface")
+        };
+        assert_eq!(got, interface);
+        let next = server.recv(false).unwrap();
+        assert!(matches!(next, Poll::Ready(Some(Received::SetLink { slot: 2, up: false }))));
+        client.0.send(&Request::AttachNetwork { slot: 0, interface }, &[]).unwrap();
+        assert!(matches!(server.recv(true), Err(Error::Descriptors { expected: 1, found: 0 })));
+    }
+
+    #[test]
     fn every_event_arrives_as_it_was_sent() {
         let (client, server) = pair();
         let events = [
@@ -420,6 +489,8 @@ mod tests {
             }),
             Event::Connected { id: u64::MAX },
             Event::Refused { id: 7, reason: "nobody listens".into() },
+            Event::NetworkAttached { slot: 3 },
+            Event::NetworkRefused { slot: 0, reason: "the network slot is taken".into() },
             Event::Stopped(StopReason::Reset),
             Event::Stopped(StopReason::Error("KVM_EXIT_FAIL_ENTRY".into())),
             Event::Failed { message: "no".into() },

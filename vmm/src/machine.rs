@@ -29,7 +29,7 @@ use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{Vcpus, registers};
 use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportError};
 use crate::virtio::vsock::{Dialer, Refusal};
-use crate::virtio::{Device, fs, rng, vsock};
+use crate::virtio::{Device, fs, net, rng, vsock};
 use crate::{boot_params, cmdline, mp_table};
 
 /// Most vCPUs: what the guest kernel is built for (`CONFIG_NR_CPUS`).
@@ -134,6 +134,8 @@ pub struct Machine {
     pub vcpus: Vcpus,
     /// Opens streams to the guest.
     pub dialer: Dialer,
+    /// Makes interfaces of the network slots, which are all here or none.
+    pub plugs: Vec<net::Plug>,
 }
 
 impl Shell {
@@ -176,12 +178,18 @@ impl Shell {
 
         let (vsock, dialer) = vsock::new(GUEST_CID, io.clone(), replies)
             .map_err(|source| Error::Device { name: "vsock", source })?;
-        let devices = [
+        let mut devices = vec![
             (Slot::VSOCK, vsock),
             (Slot::FS, fs::new(SHARE_TAG, files.share)),
             (Slot::RNG, rng::new(io.clone())),
         ];
-        let slots = devices.each_ref().map(|(slot, _)| *slot);
+        let mut plugs = Vec::new();
+        for (index, slot) in Slot::NET.into_iter().enumerate().filter(|_| boot.network) {
+            let (device, plug) = net::new(format!("net{index}"));
+            devices.push((slot, device));
+            plugs.push(plug);
+        }
+        let slots: Vec<Slot> = devices.iter().map(|(slot, _)| *slot).collect();
         let cmdline = cmdline::compose(boot.vcpus, boot.memory_bytes, &slots, &boot.cmdline)?;
         boot_params::write(&memory, &cmdline, &initrd).map_err(write("the boot parameters"))?;
         mp_table::write(&memory, boot.vcpus, &slots).map_err(write("the MP table"))?;
@@ -206,7 +214,7 @@ impl Shell {
         let vcpus = create_vcpus(&kvm_device, &vm, boot.vcpus)?;
         registers::set_boot(&vcpus[0], kernel.entry).map_err(kvm("set the registers"))?;
         let vcpus = Vcpus::start(vcpus, bus).map_err(Error::Threads)?;
-        Ok(Machine { vcpus, dialer })
+        Ok(Machine { vcpus, dialer, plugs })
     }
 }
 

@@ -16,6 +16,7 @@ use crate::control::{self, Event, Received, Server, StopReason, Timeline};
 use crate::io_loop::{Control, EventSet, IoLoop, IoLoopError, Worker};
 use crate::machine::{self, Files, Shell};
 use crate::vcpu::Handle;
+use crate::virtio::net::{Interface, Plug};
 use crate::virtio::vsock::{Dialer, Refusal};
 
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +86,7 @@ fn serve(outbox: &Arc<Outbox>, entered_ns: u64) -> Result<(), Error> {
         outbox: Arc::clone(outbox),
         vcpus: vcpus.clone(),
         dialer: machine.dialer.clone(),
+        plugs: machine.plugs.clone(),
         pausing: false,
     }));
     timeline.first_run_ns = now();
@@ -124,6 +126,7 @@ struct Supervision {
     outbox: Arc<Outbox>,
     vcpus: Handle,
     dialer: Dialer,
+    plugs: Vec<Plug>,
     /// `Pause` has not been answered yet.
     pausing: bool,
 }
@@ -137,6 +140,17 @@ impl Supervision {
                 Poll::Ready(None | Some(Received::Stop)) => return Ok(false),
                 Poll::Ready(Some(Received::Connect { id, port, stream })) => {
                     self.dialer.connect(id, port, stream);
+                }
+                Poll::Ready(Some(Received::AttachNetwork { slot, interface, tap })) => {
+                    self.outbox.send(match self.attach(slot, interface, tap) {
+                        Ok(()) => Event::NetworkAttached { slot },
+                        Err(reason) => Event::NetworkRefused { slot, reason },
+                    });
+                }
+                Poll::Ready(Some(Received::SetLink { slot, up })) => {
+                    if let Some(plug) = self.plugs.get(usize::from(slot)) {
+                        plug.set_link(up);
+                    }
                 }
                 Poll::Ready(Some(Received::Pause)) => {
                     self.pausing = true;
@@ -152,6 +166,13 @@ impl Supervision {
                     return Ok(false);
                 }
             }
+        }
+    }
+
+    fn attach(&self, slot: u8, interface: Interface, tap: OwnedFd) -> Result<(), String> {
+        match self.plugs.get(usize::from(slot)) {
+            Some(plug) => plug.attach(tap, interface).map_err(|e| e.to_string()),
+            None => Err(format!("the VM has no network slot {slot}")),
         }
     }
 

@@ -178,6 +178,7 @@ impl Spawned {
             cmdline: if debug { DEBUG_CMDLINE.into() } else { String::new() },
             kernel_name: files.dir.join(guest_files::KERNEL).display().to_string(),
             initrd_name: files.dir.join(guest_files::INITRD).display().to_string(),
+            network: false,
         };
         vmm.boot(boot, files.kernel.as_fd(), files.initrd.as_fd(), share.as_fd(), console_end.as_fd())?;
         let rpc = vmm.connect(RPC_PORT)?;

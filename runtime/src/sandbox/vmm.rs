@@ -152,6 +152,7 @@ impl Vmm {
                     Event::Refused { id, reason } => {
                         tracing::warn!(id, reason, "the guest refused a stream");
                     }
+                    Event::NetworkAttached { .. } | Event::NetworkRefused { .. } => {}
                     Event::Connected { .. } | Event::Paused | Event::Resumed => {}
                     Event::Stopped(reason) => return Ending::Stopped(reason),
                     Event::Failed { message } => return Ending::Failed(message),

@@ -202,6 +202,7 @@ fn boot(code: &[u8]) -> (Client, io::PipeReader, JoinHandle<ExitCode>, Option<Ev
         cmdline: String::new(),
         kernel_name: "kernel".into(),
         initrd_name: "initrd".into(),
+        network: false,
     };
     let share = std::fs::File::open("/").unwrap();
     let (kernel, initrd) = (file(&elf(code)), file(b""));
@@ -269,6 +270,7 @@ fn a_kernel_that_is_none_is_said_to_be_so_in_one_line() {
         cmdline: String::new(),
         kernel_name: "/some/vmlinux".into(),
         initrd_name: "initrd".into(),
+        network: false,
     };
     let fd = null.as_fd();
     client.boot(boot, fd, fd, fd, fd).unwrap();

@@ -20,7 +20,7 @@ use crate::memory::GuestMemory;
 pub const MAX_CHAIN_BYTES: usize = 16 << 20;
 
 /// Most pieces handed to the kernel in one readv or writev (UIO_MAXIOV).
-const MAX_IOVECS: usize = 1024;
+pub const MAX_IOVECS: usize = 1024;
 
 /// What a driver did wrong in a chain.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -37,6 +37,9 @@ pub enum ChainError {
     /// Readable after writable.
     #[error("device-readable descriptor behind a device-writable one")]
     Order,
+    /// Shorter than the device's header.
+    #[error("descriptor chain is too short for the header that begins it")]
+    TooShort,
     /// Longer than [`MAX_CHAIN_BYTES`].
     #[error("descriptor chain is longer than {MAX_CHAIN_BYTES} bytes")]
     TooLong,
@@ -232,6 +235,18 @@ impl<'m> Buffers<'m> {
         let n = usize::try_from(n).map_err(|_| std::io::Error::last_os_error())?;
         self.skip(n);
         Ok(n)
+    }
+
+    /// Appends what the kernel needs to reach the bytes from the position on, as far as `iovecs` may grow to `most`
+    /// entries; returns how many bytes that is. They stay valid as long as the slices in `self` may live.
+    pub fn push_iovecs(&self, iovecs: &mut Vec<libc::iovec>, most: usize) -> usize {
+        let before = iovecs.len();
+        let room = most.saturating_sub(before);
+        iovecs.extend(self.slices.iter().take(room).map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        }));
+        iovecs[before..].iter().map(|iovec| iovec.iov_len).sum()
     }
 
     fn iovecs(&self, max: usize) -> Vec<libc::iovec> {
