@@ -23,11 +23,13 @@ use crate::cgroup::Cgroup;
 use crate::console::Console;
 use crate::error::Error;
 use crate::events::Events;
-use crate::executor::{ExecSeccomp, Workload};
+use crate::executor::{ExecSeccomp, StartHooks, Workload};
 use crate::helper::{Helper, Record, Reports};
+use crate::hooks;
+use crate::mounts;
 use crate::oom::OomWatch;
 use crate::reaper::Reaper;
-use crate::spec::{self, ProcessFacts};
+use crate::spec::{self, Ids, ProcessFacts};
 use crate::stdio::{self, ChildEnds, Drain, Ends, Relays, Rendezvous};
 use crate::supervise::{Made, Process};
 
@@ -60,6 +62,7 @@ pub struct Container {
     /// What the init has to say when it is started; taken by the start.
     unstarted: Mutex<Option<Reports>>,
     seccomp: Option<LinuxSeccomp>,
+    ids: Ids,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -151,8 +154,13 @@ impl Containers {
         let Streams { child, ends, console, console_path } = Streams::open(wanted, &adapted.process)?;
         let facts = adapted.process;
         let name = id.to_owned();
+        let start_hooks = (!adapted.start_hooks.is_empty()).then(|| StartHooks {
+            hooks: adapted.start_hooks,
+            container_id: id.to_owned(),
+            bundle: bundle.clone(),
+        });
         let mut helper = Helper::fork(&self.reaper, move |reporter| {
-            let workload = Workload::new(reporter, facts.wants_home, None);
+            let workload = Workload::new(reporter, facts.wants_home, None, start_hooks);
             let mut builder = match builder(&name, workload, child) {
                 Ok(builder) => builder,
                 Err(e) => return failed(&e),
@@ -164,13 +172,21 @@ impl Containers {
             }
         })?;
         let drain = if adapted.own_pid_namespace { Drain::ToTheEnd } else { Drain::WhatIsThere };
-        let init = self.follow(&mut helper, (id, ""), &facts, (wanted, ends, console), drain, cgroup).await?;
+        let streams = (wanted, ends, console);
+        let init = self.follow(&mut helper, (id, ""), &facts, streams, drain, cgroup).await;
+        let init = init.map_err(hooks::name_failure)?;
+        if !adapted.finish.is_empty() {
+            let (pid, finish) = (init.pid, adapted.finish);
+            let rootfs = adapted.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+            self.aside(move || mounts::finish(pid, &rootfs, &finish)).await?;
+        }
         Ok(Container {
             id: id.to_owned(),
             cgroup: cgroup.clone(),
             init,
             execs: Mutex::default(),
             unstarted: Mutex::new(Some(helper.into_reports())),
+            ids: adapted.ids,
             seccomp: adapted.spec.linux().as_ref().and_then(|l| l.seccomp().clone()),
         })
     }
@@ -214,7 +230,7 @@ impl Containers {
     ) -> Result<Arc<Process>, Error> {
         let mut process: ProcessSpec = serde_json::from_slice(process)
             .map_err(|e| Error::Invalid(format!("the process of the exec cannot be read: {e}")))?;
-        let facts = spec::adapt_process(&mut process)?;
+        let facts = spec::adapt_process(&mut process, &container.ids)?;
         let seccomp = container.seccomp.clone().map(|filter| {
             let capabilities = spec::lend_sys_admin(&mut process);
             ExecSeccomp { filter, capabilities }
@@ -229,7 +245,7 @@ impl Containers {
         let name = container.id.clone();
         let path = file.clone();
         let mut helper = Helper::fork(&self.reaper, move |reporter| {
-            let workload = Workload::new(reporter, facts.wants_home, seccomp);
+            let workload = Workload::new(reporter, facts.wants_home, seccomp, None);
             let made =
                 mark_running(&name).and_then(|()| builder(&name, workload, child)).and_then(|builder| {
                     builder

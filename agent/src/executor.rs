@@ -19,9 +19,10 @@ use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, Exec
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::{AccessFlags, access, execve};
-use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Hook, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 
 use crate::helper::{Record, Reporter};
+use crate::hooks;
 
 /// Where commands are looked for when the environment has no PATH, as other runtimes' images have it.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -35,7 +36,19 @@ pub struct Workload {
     pub wants_home: bool,
     /// Filter of the container, for an exec, and the capabilities to keep once it is loaded.
     pub seccomp: Option<Rc<ExecSeccomp>>,
+    /// What to run before the workload of an init.
+    pub start_hooks: Option<Rc<StartHooks>>,
     found: RefCell<Option<PathBuf>>,
+}
+
+/// Hooks of kind `startContainer`, and what their state says.
+pub struct StartHooks {
+    /// In their order.
+    pub hooks: Vec<Hook>,
+    /// The container's id.
+    pub container_id: String,
+    /// Its bundle in the guest.
+    pub bundle: PathBuf,
 }
 
 /// A seccomp filter that this executor must load.
@@ -48,8 +61,19 @@ pub struct ExecSeccomp {
 
 impl Workload {
     /// A workload that reports to `reporter`.
-    pub fn new(reporter: Reporter, wants_home: bool, seccomp: Option<ExecSeccomp>) -> Self {
-        Self { reporter, wants_home, seccomp: seccomp.map(Rc::new), found: RefCell::new(None) }
+    pub fn new(
+        reporter: Reporter,
+        wants_home: bool,
+        seccomp: Option<ExecSeccomp>,
+        start_hooks: Option<StartHooks>,
+    ) -> Self {
+        Self {
+            reporter,
+            wants_home,
+            seccomp: seccomp.map(Rc::new),
+            start_hooks: start_hooks.map(Rc::new),
+            found: RefCell::new(None),
+        }
     }
 
     fn fail(&self, record: Record) -> ExecutorError {
@@ -88,10 +112,15 @@ impl Executor for Workload {
             |_| self.fail(Record::Failed("process.args and process.env must not contain NUL".into()));
         let command = CString::new(found.as_os_str().as_bytes()).map_err(invalid)?;
         let args = strings(process.args().as_deref().unwrap_or_default()).map_err(invalid)?;
-        let env = strings(&self.environment(process)).map_err(invalid)?;
+        let environment = self.environment(process);
+        let env = strings(&environment).map_err(invalid)?;
 
         set_window_size(process);
         restore_signals();
+        if let Some(start) = &self.start_hooks {
+            let state = hooks::state(spec, &start.container_id, &start.bundle);
+            hooks::run(&start.hooks, &state, &environment).map_err(|e| self.fail(Record::Failed(e)))?;
+        }
         if let Some(seccomp) = &self.seccomp {
             load_filter(seccomp).map_err(|e| self.fail(Record::Failed(e)))?;
         }

@@ -7,11 +7,12 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Capability, Hook, LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
-    LinuxSeccompAction, Process, Spec,
+    Capabilities, Capability, Hook, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceType,
+    LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
 
 use crate::error::Error;
+use crate::mounts::{self, Finish};
 
 /// A container's configuration, split into what libcontainer does and what the agent does itself.
 pub struct Adapted {
@@ -24,8 +25,39 @@ pub struct Adapted {
     pub network_sysctls: HashMap<String, String>,
     /// What the agent needs to know of the process.
     pub process: ProcessFacts,
+    /// Whom the container's users are outside its user namespace.
+    pub ids: Ids,
+    /// What is left to do with the mounts once libcontainer has made them.
+    pub finish: Vec<Finish>,
+    /// Hooks that run in the container before its workload.
+    pub start_hooks: Vec<Hook>,
     /// The container has a pid namespace of its own: all its processes end with its init.
     pub own_pid_namespace: bool,
+}
+
+/// Whom a container's users are in the guest: the mappings of its user namespace, if it has one.
+#[derive(Debug, Clone, Default)]
+pub struct Ids {
+    uids: Vec<LinuxIdMapping>,
+    gids: Vec<LinuxIdMapping>,
+}
+
+impl Ids {
+    fn of(linux: &Linux) -> Self {
+        Ids {
+            uids: linux.uid_mappings().clone().unwrap_or_default(),
+            gids: linux.gid_mappings().clone().unwrap_or_default(),
+        }
+    }
+}
+
+/// An id that is not mapped stays as it is: libcontainer refuses it.
+fn outside(mappings: &[LinuxIdMapping], id: u32) -> u32 {
+    let mapped = mappings.iter().find_map(|mapping| {
+        let distance = id.checked_sub(mapping.container_id())?;
+        (distance < mapping.size()).then(|| mapping.host_id().saturating_add(distance))
+    });
+    mapped.unwrap_or(id)
 }
 
 /// What the agent needs to know of a process.
@@ -33,9 +65,9 @@ pub struct Adapted {
 pub struct ProcessFacts {
     /// It gets a terminal.
     pub terminal: bool,
-    /// Owner of its pipes or terminal.
+    /// Owner of its pipes or terminal, in the guest.
     pub uid: u32,
-    /// Group of its pipes.
+    /// Group of its pipes, in the guest.
     pub gid: u32,
     /// The environment has no HOME.
     pub wants_home: bool,
@@ -57,9 +89,16 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     }
     refuse_host_hooks(&spec)?;
     refuse_shared_mounts(&spec)?;
-
+    if !mounts::has_namespace(&spec) {
+        return Err(invalid(
+            "linux.namespaces must have a mount namespace: the guest's own is not to be shared",
+        ));
+    }
+    let start_hooks = take_start_hooks(&mut spec);
+    let finish = mounts::take_over(&mut spec);
+    let ids = spec.linux().as_ref().map(Ids::of).unwrap_or_default();
     let process = spec.process_mut().as_mut().ok_or_else(|| invalid("config.json has no process"))?;
-    let facts = adapt_process(process)?;
+    let facts = adapt_process(process, &ids)?;
 
     let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("config.json has no linux section"))?;
     if linux.mount_label().as_ref().is_some_and(|label| !label.is_empty()) {
@@ -89,11 +128,20 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     }
     let resources = linux.resources().clone();
     linux.set_resources(None).set_cgroups_path(Some(PathBuf::from(cgroup_path)));
-    Ok(Adapted { spec, resources, network_sysctls, process: facts, own_pid_namespace })
+    Ok(Adapted {
+        spec,
+        resources,
+        network_sysctls,
+        process: facts,
+        ids,
+        finish,
+        start_hooks,
+        own_pid_namespace,
+    })
 }
 
 /// Adapts a process, of a container or of an exec.
-pub fn adapt_process(process: &mut Process) -> Result<ProcessFacts, Error> {
+pub fn adapt_process(process: &mut Process, ids: &Ids) -> Result<ProcessFacts, Error> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(invalid("process.args must name a command"));
     }
@@ -111,6 +159,7 @@ pub fn adapt_process(process: &mut Process) -> Result<ProcessFacts, Error> {
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
+    keep_no_unnamed_capability(process);
     // The agent is protected from the OOM killer; what it creates must not inherit that.
     if process.oom_score_adj().is_none() {
         process.set_oom_score_adj(Some(0));
@@ -124,10 +173,25 @@ pub fn adapt_process(process: &mut Process) -> Result<ProcessFacts, Error> {
     }
     Ok(ProcessFacts {
         terminal: process.terminal().unwrap_or(false),
-        uid: process.user().uid(),
-        gid: process.user().gid(),
+        uid: outside(&ids.uids, process.user().uid()),
+        gid: outside(&ids.gids, process.user().gid()),
         wants_home,
     })
+}
+
+/// libcontainer leaves a set that is not there as the agent has it, which is full; for runc it is empty.
+fn keep_no_unnamed_capability(process: &mut Process) {
+    let mut sets = process.capabilities().clone().unwrap_or_default();
+    let named = process.capabilities().as_ref();
+    let set = |of: fn(&LinuxCapabilities) -> &Option<Capabilities>| {
+        Some(named.and_then(|sets| of(sets).clone()).unwrap_or_default())
+    };
+    sets.set_bounding(set(LinuxCapabilities::bounding))
+        .set_effective(set(LinuxCapabilities::effective))
+        .set_inheritable(set(LinuxCapabilities::inheritable))
+        .set_permitted(set(LinuxCapabilities::permitted))
+        .set_ambient(set(LinuxCapabilities::ambient));
+    process.set_capabilities(Some(sets));
 }
 
 /// Gives an exec that gets a seccomp filter without no_new_privs the right to load it; returns what it must be left
@@ -162,10 +226,23 @@ fn refuse_host_hooks(spec: &Spec) -> Result<(), Error> {
     }
 }
 
+/// The executor runs them: libcontainer would lose what became of them. Those of createContainer it runs itself.
+fn take_start_hooks(spec: &mut Spec) -> Vec<Hook> {
+    let Some(hooks) = spec.hooks_mut() else { return Vec::new() };
+    let taken = hooks.start_container().clone().unwrap_or_default();
+    hooks.set_start_container(None);
+    if hooks.create_container().as_ref().is_none_or(Vec::is_empty) {
+        spec.set_hooks(None);
+    }
+    taken
+}
+
 /// Mounts made in the guest cannot appear on the host.
 fn refuse_shared_mounts(spec: &Spec) -> Result<(), Error> {
     for mount in spec.mounts().iter().flatten() {
-        if mount.options().iter().flatten().any(|o| o == "shared" || o == "rshared") {
+        let has = |names: [&str; 2]| mount.options().iter().flatten().any(|o| names.contains(&o.as_str()));
+        let bind = mount.typ().as_deref() == Some("bind") || has(["bind", "rbind"]);
+        if bind && has(["shared", "rshared"]) {
             return Err(invalid(format!(
                 "mount {:?}: shared propagation cannot be honoured across the VM",
                 mount.destination()
@@ -231,6 +308,31 @@ mod tests {
     }
 
     #[test]
+    fn streams_belong_to_whom_the_user_is_outside_its_namespace() {
+        let mut config = config();
+        config["process"]["user"] = json!({"uid": 5, "gid": 70});
+        config["linux"]["uidMappings"] = json!([
+            {"containerID": 0, "hostID": 1000, "size": 1}, {"containerID": 1, "hostID": 100_000, "size": 10}
+        ]);
+        config["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
+        let facts = adapted(&config).unwrap().process;
+        assert_eq!((facts.uid, facts.gid), (100_004, 70));
+    }
+
+    #[test]
+    fn hooks_of_the_guest_are_taken_apart() {
+        let mut config = config();
+        config["hooks"] = json!({"startContainer": [{"path": "/bin/a"}]});
+        let taken = adapted(&config).unwrap();
+        assert!(taken.spec.hooks().is_none());
+        assert_eq!(taken.start_hooks[0].path(), std::path::Path::new("/bin/a"));
+        config["hooks"]["createContainer"] = json!([{"path": "/bin/b"}]);
+        let taken = adapted(&config).unwrap();
+        assert!(taken.spec.hooks().as_ref().unwrap().start_container().is_none());
+        assert!(taken.spec.hooks().as_ref().unwrap().create_container().is_some());
+    }
+
+    #[test]
     fn a_process_does_not_inherit_from_the_agent() {
         let adapted = adapted(&config()).unwrap();
         let process = adapted.spec.process().as_ref().unwrap();
@@ -248,6 +350,22 @@ mod tests {
     }
 
     #[test]
+    fn capabilities_that_are_not_named_are_none() {
+        let mut config = config();
+        for (named, bounding) in
+            [(json!(null), json!([])), (json!({"bounding": ["CAP_KILL"]}), json!(["CAP_KILL"]))]
+        {
+            config["process"]["capabilities"] = named;
+            let spec = serde_json::to_value(adapted(&config).unwrap().spec).unwrap();
+            let sets = &spec["process"]["capabilities"];
+            assert_eq!(sets["bounding"], bounding);
+            for set in ["effective", "inheritable", "permitted", "ambient"] {
+                assert_eq!(sets[set], json!([]), "{set}");
+            }
+        }
+    }
+
+    #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
         for (pointer, value, named) in [
             ("/ociVersion", json!("2.0.0"), "ociVersion"),
@@ -256,6 +374,7 @@ mod tests {
             ("/process/cwd", json!("tmp"), "process.cwd"),
             ("/process/selinuxLabel", json!("a:b"), "process.selinuxLabel"),
             ("/process/apparmorProfile", json!("docker-default"), "process.apparmorProfile"),
+            ("/linux/namespaces", json!([{"type": "pid"}]), "linux.namespaces"),
             ("/linux/mountLabel", json!("a:b"), "linux.mountLabel"),
             ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt"),
             ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "linux.seccomp"),

@@ -15,6 +15,7 @@ mod commands;
 mod endurance;
 mod exec;
 mod failure;
+mod fields;
 mod isolation;
 mod lifecycle;
 mod limits;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         endurance::CASES,
         exec::CASES,
         failure::CASES,
+        fields::CASES,
         isolation::CASES,
         lifecycle::CASES,
         limits::CASES,

@@ -1,13 +1,14 @@
 //! What of a bundle the host does, and the configuration that is left for the guest.
 //!
 //! The guest sees the host's files only below the share: the root filesystem at `<share>/<id>/rootfs` and the
-//! source of each bind mount at `<share>/<id>/mounts/<n>`. In the guest's configuration these paths take the place
-//! of the host's, and what belongs to the host (hooks, cgroup path, network namespace) is gone. What a bundle makes
-//! read-only the host binds read-only, so that the guest cannot change its mind.
+//! source of each bind mount at `<share>/<id>/mounts/<n>`, and a createContainer hook's program at
+//! `<share>/<id>/hooks/<n>`. In the guest's configuration these paths take the place of the host's, and what belongs
+//! to the host (its hooks, cgroup path, network namespace, the limits that only it can set) is gone. What a bundle
+//! makes read-only the host binds read-only, so that the guest cannot change its mind.
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Spec};
 use stockade_agent_protocol::SHARE_MOUNT_POINT;
 
 use super::validate::is_bind;
@@ -24,6 +25,8 @@ pub struct Bind {
     pub recursive: bool,
     /// How much of it is read-only.
     pub readonly: ReadOnly,
+    /// Whether what the host mounts below it later appears.
+    pub follows: bool,
 }
 
 /// How much of a bind mount is read-only.
@@ -58,10 +61,12 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
         target: rootfs.clone(),
         recursive: true,
         readonly: if bundle.readonly_root() { ReadOnly::Top } else { ReadOnly::No },
+        follows: root_follows(&spec),
     }];
     if let Some(root) = spec.root_mut() {
         root.set_path(in_guest(&rootfs));
     }
+    let root_follows = root_follows(&spec);
     for mount in spec.mounts_mut().iter_mut().flatten().filter(|m| is_bind(m)) {
         let target = base.join("mounts").join((binds.len() - 1).to_string());
         let source = bundle.path.join(mount.source().as_deref().unwrap_or(Path::new("")));
@@ -70,6 +75,7 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
             target: target.clone(),
             recursive: is_recursive(mount),
             readonly: readonly(mount),
+            follows: follows(mount).unwrap_or(root_follows),
         });
         mount.set_source(Some(in_guest(&target)));
     }
@@ -79,14 +85,68 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
         if let Some(namespaces) = linux.namespaces_mut() {
             namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
         }
+        if let Some(resources) = linux.resources_mut() {
+            *resources = guests_part(resources.clone());
+        }
     }
-    spec.set_hooks(None);
+    let hooks = adapt_hooks(&spec, base, &mut binds);
+    spec.set_hooks(hooks);
     if let Some(process) = spec.process_mut() {
         process.set_apparmor_profile(None);
         process.set_selinux_label(None);
     }
     let spec = serde_json::to_vec(&spec).map_err(Error::Encode)?;
     Ok(Adapted { binds, spec })
+}
+
+/// The limits that stand in the guest. CPUs and memory nodes are the host's, so are block devices: what the
+/// container reads and writes the VMM does for it.
+pub fn guests_part(mut limits: LinuxResources) -> LinuxResources {
+    limits.set_block_io(None);
+    if let Some(cpu) = limits.cpu_mut() {
+        cpu.set_cpus(None).set_mems(None);
+    }
+    limits
+}
+
+/// Hooks that run in the guest: the container's own programs, and the host's that are lent to it.
+fn adapt_hooks(spec: &Spec, base: &Path, binds: &mut Vec<Bind>) -> Option<Hooks> {
+    let hooks = spec.hooks().as_ref()?;
+    let mut in_guest = Hooks::default();
+    let mut create = hooks.create_container().clone().unwrap_or_default();
+    for (index, hook) in create.iter_mut().enumerate() {
+        let target = base.join("hooks").join(index.to_string());
+        binds.push(Bind {
+            source: hook.path().clone(),
+            target: target.clone(),
+            recursive: false,
+            readonly: ReadOnly::Top,
+            follows: false,
+        });
+        // It keeps the name that it was to be called by.
+        if hook.args().as_ref().is_none_or(Vec::is_empty) {
+            hook.set_args(Some(vec![hook.path().display().to_string()]));
+        }
+        hook.set_path(Path::new(SHARE_MOUNT_POINT).join(target));
+    }
+    in_guest.set_create_container(Some(create).filter(|list| !list.is_empty()));
+    in_guest.set_start_container(hooks.start_container().clone().filter(|list| !list.is_empty()));
+    (in_guest != Hooks::default()).then_some(in_guest)
+}
+
+/// Unless it is to be private, a root gets the host's later mounts, as under runc.
+fn root_follows(spec: &Spec) -> bool {
+    let propagation = spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().as_deref());
+    !matches!(propagation, Some("private" | "rprivate" | "unbindable" | "runbindable"))
+}
+
+/// What the mount says itself about that; the last word counts.
+fn follows(mount: &Mount) -> Option<bool> {
+    mount.options().iter().flatten().fold(None, |so_far, option| match option.as_str() {
+        "slave" | "rslave" => Some(true),
+        "private" | "rprivate" | "unbindable" | "runbindable" => Some(false),
+        _ => so_far,
+    })
 }
 
 fn is_recursive(mount: &Mount) -> bool {
@@ -149,16 +209,63 @@ mod tests {
     }
 
     #[test]
+    fn the_hosts_later_mounts_appear_unless_a_mount_is_private() {
+        let (adapted, spec) = adapted(json!({"mounts": [
+            {"destination": "a", "type": "bind", "source": "/etc", "options": ["rbind"]},
+            {"destination": "b/c", "type": "bind", "source": "/etc", "options": ["rbind", "rprivate"]},
+        ]}));
+        assert_eq!(adapted.binds.iter().map(|bind| bind.follows).collect::<Vec<_>>(), [true, true, false]);
+        assert_eq!(
+            (&spec["mounts"][0]["destination"], &spec["mounts"][1]["destination"]),
+            (&json!("/a"), &json!("/b/c"))
+        );
+        let (adapted, _) = super::tests::adapted(json!({
+            "linux": {"rootfsPropagation": "rprivate"},
+            "mounts": [{"destination": "/a", "type": "bind", "source": "/etc", "options": ["rslave"]}],
+        }));
+        assert_eq!(adapted.binds.iter().map(|bind| bind.follows).collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn a_hook_of_the_guest_is_lent_its_program() {
+        let program = std::env::current_exe().unwrap();
+        let (adapted, spec) = adapted(json!({"hooks": {
+            "createContainer": [{"path": program, "timeout": 3}],
+            "startContainer": [{"path": "/bin/true", "args": ["true"]}],
+            "poststop": [{"path": "/bin/true"}],
+        }}));
+        let bind = adapted.binds.last().unwrap();
+        assert_eq!((&bind.source, bind.target.as_path()), (&program, Path::new("c1/hooks/0")));
+        assert_eq!(
+            spec["hooks"],
+            json!({
+                "createContainer": [{"path": "/run/stockade/share/c1/hooks/0", "args": [program], "timeout": 3}],
+                "startContainer": [{"path": "/bin/true", "args": ["true"]}],
+            })
+        );
+    }
+
+    #[test]
+    fn limits_that_only_the_host_can_set_stay_there() {
+        let (_, spec) = adapted(json!({"linux": {"resources": {
+            "cpu": {"cpus": "0", "mems": "0", "shares": 7}, "blockIO": {"weight": 100}, "pids": {"limit": 5},
+        }}}));
+        assert_eq!(spec["linux"]["resources"]["cpu"], json!({"shares": 7}));
+        assert_eq!(spec["linux"]["resources"].get("blockIO"), None);
+        assert_eq!(spec["linux"]["resources"]["pids"]["limit"], 5);
+    }
+
+    #[test]
     fn what_belongs_to_the_host_does_not_reach_the_guest() {
         let (_, spec) = adapted(json!({
             "hooks": {"poststop": [{"path": "/bin/true"}]},
             "linux": {
                 "cgroupsPath": "system.slice:docker:abc",
-                "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "uts"}],
+                "namespaces": [{"type": "mount"}, {"type": "network"}, {"type": "uts"}],
             },
         }));
         assert_eq!(spec.get("hooks"), None);
         assert_eq!(spec["linux"]["cgroupsPath"], "/c1");
-        assert_eq!(spec["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "uts"}]));
+        assert_eq!(spec["linux"]["namespaces"], json!([{"type": "mount"}, {"type": "uts"}]));
     }
 }

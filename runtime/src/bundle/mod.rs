@@ -6,6 +6,8 @@
 
 pub mod guest;
 pub mod hooks;
+mod options;
+mod program;
 mod resources;
 mod validate;
 
@@ -17,6 +19,7 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use stockade_agent_protocol::resources::Refused;
 
 pub use oci_spec::runtime::Hook;
+pub use options::MOUNT_OPTIONS;
 pub use resources::{check as check_resources, merge as merge_resources};
 pub use validate::{check_process, is_bind};
 
@@ -78,10 +81,15 @@ impl Bundle {
     /// Loads and checks the bundle in a directory.
     pub fn load(dir: &Path) -> Result<Self, Error> {
         let path = fs::canonicalize(dir).map_err(|e| Error::Directory(dir.to_owned(), e))?;
-        let spec = read_spec(&path)?;
+        let mut spec = read_spec(&path)?;
         validate::check(&spec)?;
         let rootfs = find_rootfs(&path, &spec)?;
         validate::check_mount_sources(&spec, &path)?;
+        validate::check_hook_programs(&spec)?;
+        for mount in spec.mounts_mut().iter_mut().flatten().filter(|m| m.destination().is_relative()) {
+            // A relative destination counts from the root (config.md, mounts).
+            mount.set_destination(Path::new("/").join(mount.destination()));
+        }
         Ok(Bundle { path, spec, rootfs })
     }
 
@@ -112,7 +120,26 @@ pub fn read_spec(bundle: &Path) -> Result<Spec, Error> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::NoConfig(bundle.to_owned())),
         Err(e) => return Err(Error::Read(path, e)),
     };
-    serde_json::from_slice(&text).map_err(|error| Error::Parse { path, field: failing_field(&text), error })
+    parse(&text).map_err(|error| Error::Parse { path, field: failing_field(&text), error })
+}
+
+/// oci-spec 0.10 spells two of the scheduler's flags other than the specification does.
+const SPELLINGS: [(&str, &str); 2] = [
+    ("SCHED_FLAG_RESET_ON_FORK", "SCHED_RESET_ON_FORK"),
+    ("SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"),
+];
+
+fn parse(text: &[u8]) -> Result<Spec, serde_json::Error> {
+    serde_json::from_slice(text).or_else(|error| {
+        let mut config: serde_json::Value = serde_json::from_slice(text)?;
+        let flags = config.pointer_mut("/process/scheduler/flags").and_then(|flags| flags.as_array_mut());
+        for flag in flags.into_iter().flatten() {
+            if let Some((_, theirs)) = SPELLINGS.iter().find(|(ours, _)| flag == ours) {
+                *flag = (*theirs).into();
+            }
+        }
+        serde_json::from_value(config).map_err(|_| error)
+    })
 }
 
 /// What serde says names the value and the place in the file, but not the field: that is found by reading once
@@ -224,6 +251,14 @@ pub(crate) mod tests {
             let error = refused(changes);
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         }
+    }
+
+    #[test]
+    fn flags_of_the_scheduler_are_spelled_as_the_specification_has_them() {
+        let flags = json!(["SCHED_FLAG_RESET_ON_FORK", "SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_KEEP_POLICY"]);
+        bundle(json!({"process": {"scheduler": {"policy": "SCHED_OTHER", "flags": flags}}})).1.unwrap();
+        let unknown = json!({"process": {"scheduler": {"policy": "SCHED_OTHER", "flags": ["SCHED_FLAG_X"]}}});
+        assert!(refused(unknown).contains("process.scheduler.flags[0]"));
     }
 
     #[test]

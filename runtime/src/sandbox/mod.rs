@@ -201,6 +201,7 @@ impl Sandbox {
         if bundle.readonly_root() {
             share::make_mount_points(&bundle.rootfs, &mount_points(bundle))?;
         }
+        share::make_working_directory(bundle)?;
         Ok(binds.iter().try_for_each(|bind| self.share.bind(bind))?)
     }
 

@@ -17,6 +17,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, mkdirat};
 
+use crate::bundle::Bundle;
 use crate::bundle::guest::{Bind, ReadOnly};
 
 /// Mount points only: a guest that fills it hurts nobody but itself.
@@ -37,6 +38,9 @@ pub enum Error {
     /// a mount point that the read-only root needs cannot be made
     #[error("cannot make the mount point {0} in the read-only root filesystem: {1}")]
     MountPoint(PathBuf, #[source] io::Error),
+    /// the working directory cannot be made
+    #[error("process.cwd: cannot make {0} in the root filesystem: {1}")]
+    WorkingDirectory(PathBuf, #[source] io::Error),
 }
 
 /// Moves this process, which must have one thread, to a mount namespace of its own. `keep` says whether a way back
@@ -77,6 +81,10 @@ impl Share {
         let recursive = if bind.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
         mount(Some(&bind.source), &target, None::<&str>, MsFlags::MS_BIND | recursive, None::<&str>)
             .map_err(|e| failed(e.into()))?;
+        if !bind.follows {
+            let flags = MsFlags::MS_PRIVATE | recursive;
+            mount(None::<&str>, &target, None::<&str>, flags, None::<&str>).map_err(|e| failed(e.into()))?;
+        }
         match bind.readonly {
             ReadOnly::No => Ok(()),
             ReadOnly::Top => set_readonly(&target, false).map_err(failed),
@@ -156,6 +164,22 @@ pub fn make_mount_points(rootfs: &Path, wanted: &[(PathBuf, bool)]) -> Result<()
         }
     }
     Ok(())
+}
+
+/// Makes the working directory where the root file system lacks it, as runc does. One below a mount is left to what is
+/// mounted there.
+pub fn make_working_directory(bundle: &Bundle) -> Result<(), Error> {
+    let Some(cwd) = bundle.spec.process().as_ref().map(|process| process.cwd()) else { return Ok(()) };
+    let mounts = bundle.spec.mounts().iter().flatten();
+    if cwd == Path::new("/") || mounts.into_iter().any(|mount| cwd.starts_with(mount.destination())) {
+        return Ok(());
+    }
+    let made = File::open(&bundle.rootfs).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(0)));
+    match made.and_then(|root| make_inside(root.as_fd(), cwd, true)) {
+        // What is in the way, the guest tells when it goes there.
+        Ok(()) | Err(Errno::EROFS | Errno::ENOTDIR) => Ok(()),
+        Err(e) => Err(Error::WorkingDirectory(cwd.clone(), e.into())),
+    }
 }
 
 /// Walks down from `root`, making what is missing. Links are followed as if `root` were `/`.
@@ -256,7 +280,9 @@ mod tests {
         in_namespace(move || {
             let share = Share::mount(inside.clone()).unwrap();
             let bind = |source: PathBuf, target: &str, readonly| {
-                share.bind(&Bind { source, target: target.into(), recursive: true, readonly }).unwrap();
+                share
+                    .bind(&Bind { source, target: target.into(), recursive: true, readonly, follows: true })
+                    .unwrap();
             };
             bind(host.clone(), "c/rootfs", ReadOnly::Top);
             bind(host.join("file"), "c/mounts/0", ReadOnly::No);

@@ -23,7 +23,7 @@ use super::signals::Signals;
 use super::single::Mode;
 use super::stdio::{HostStdio, Relays};
 use super::{Error, Sandbox};
-use crate::bundle::hooks;
+use crate::bundle::{guest, hooks};
 use crate::state::{State, StateDir, Status};
 
 /// How long the VMM may take to report what the broken connection to the agent means.
@@ -290,7 +290,8 @@ impl Supervisor {
     async fn update(&self, fds: Vec<OwnedFd>) -> Result<(), String> {
         let bytes = control::read_attachment(fds).map_err(|e| e.to_string())?;
         let resources: LinuxResources = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
-        self.sandbox.agent.update(&self.id(), bytes).await.map_err(|e| e.to_string())?;
+        let guests = serde_json::to_vec(&guest::guests_part(resources.clone())).map_err(|e| e.to_string())?;
+        self.sandbox.agent.update(&self.id(), guests).await.map_err(|e| e.to_string())?;
         let mut state = self.state.borrow_mut();
         state.resources = resources;
         self.dir.save(&state).map_err(|e| e.to_string())

@@ -186,7 +186,10 @@ impl Bundle {
     }
 
     fn at(&mut self, pointer: &str) -> &mut Value {
-        pointer.split('/').skip(1).fold(&mut self.config, |value, member| &mut value[member])
+        pointer.split('/').skip(1).fold(&mut self.config, |value, member| match value {
+            Value::Array(items) => &mut items[member.parse::<usize>().expect("an index of an array")],
+            object => &mut object[member],
+        })
     }
 }
 

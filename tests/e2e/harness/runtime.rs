@@ -50,6 +50,11 @@ impl Runtime {
         Self { program: program.into(), env: Vec::new(), before: Vec::new() }
     }
 
+    /// Another runtime of the host, to compare with.
+    pub fn named(program: &str) -> Self {
+        Self { program: program.into(), env: Vec::new(), before: Vec::new() }
+    }
+
     /// Whether it is ours.
     pub fn is_stockade(&self) -> bool {
         self.name().starts_with("stockade")

@@ -1,0 +1,94 @@
+//! Checks of `mounts`.
+
+use std::fs;
+use std::path::Path;
+
+use oci_spec::runtime::{Mount, Spec};
+
+use super::{unsupported, value};
+use crate::bundle::{Error, MOUNT_OPTIONS};
+
+/// File systems that the guest's kernel mounts by itself. Of others the source would be looked for in the guest, or it
+/// has them not.
+const FILE_SYSTEMS: [&str; 10] =
+    ["proc", "sysfs", "tmpfs", "ramfs", "devpts", "mqueue", "cgroup", "cgroup2", "bpf", "devtmpfs"];
+
+/// Whether a mount makes something of the host visible, and not a file system of its own.
+pub fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
+}
+
+pub(super) fn check_mount(index: usize, mount: &Mount) -> Result<(), Error> {
+    let field = |name: &str| format!("mounts[{index}].{name}");
+    if mount.destination().as_os_str().is_empty() {
+        return value(&field("destination"), "", "give a path in the container");
+    }
+    if mount.uid_mappings().as_ref().is_some_and(|m| !m.is_empty())
+        || mount.gid_mappings().as_ref().is_some_and(|m| !m.is_empty())
+        || mount.options().iter().flatten().any(|o| o == "idmap" || o == "ridmap")
+    {
+        return unsupported(
+            &field("uidMappings"),
+            "the shared file system has no id-mapped mounts; remove it",
+        );
+    }
+    if is_bind(mount) {
+        if mount.source().as_ref().is_none_or(|source| source.as_os_str().is_empty()) {
+            return value(&field("source"), "", "a bind mount needs a source");
+        }
+        return check_bind_options(&field("options"), mount);
+    }
+    if mount.options().iter().flatten().any(|option| option == "remount") {
+        return unsupported(
+            &field("options"),
+            "there is nothing to remount; mount it with the options it is to have",
+        );
+    }
+    match mount.typ().as_deref() {
+        Some(typ) if FILE_SYSTEMS.contains(&typ) => Ok(()),
+        Some(typ) => value(
+            &field("type"),
+            typ,
+            "the guest cannot mount it: mount it on the host and name it as a bind mount",
+        ),
+        None => value(&field("type"), "", "name a file system, or \"bind\""),
+    }
+}
+
+/// What is left aside without a word may be what was to protect.
+fn check_bind_options(field: &str, mount: &Mount) -> Result<(), Error> {
+    for option in mount.options().iter().flatten() {
+        match option.as_str() {
+            "shared" | "rshared" => {
+                return unsupported(
+                    field,
+                    "mounts made in the guest cannot appear on the host; use rslave instead of shared",
+                );
+            }
+            "remount" => {
+                return unsupported(
+                    field,
+                    "there is nothing to remount; bind it with the options it is to have",
+                );
+            }
+            "defaults" | "bind" | "rbind" | "copy" | "nocopy" => {}
+            known if MOUNT_OPTIONS.contains(&known) => {}
+            unknown => return value(field, unknown, "no bind mount has this option; remove it"),
+        }
+    }
+    Ok(())
+}
+
+/// Checks that what is to be bound exists.
+pub fn check_mount_sources(spec: &Spec, bundle: &Path) -> Result<(), Error> {
+    for (index, mount) in spec.mounts().iter().flatten().enumerate().filter(|(_, m)| is_bind(m)) {
+        let path = bundle.join(mount.source().as_deref().unwrap_or(Path::new("")));
+        fs::metadata(&path).map_err(|source| Error::Path {
+            field: format!("mounts[{index}].source"),
+            path,
+            source,
+        })?;
+    }
+    Ok(())
+}
