@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn limits_that_only_the_host_can_set_stay_there() {
         let (_, spec) = adapted(json!({"linux": {"resources": {
-            "cpu": {"cpus": "0", "mems": "0", "shares": 7}, "blockIO": {"weight": 100}, "pids": {"limit": 5},
+            "cpu": {"cpus": "0", "mems": "0", "shares": 7}, "blockIO": {"weight": 0}, "pids": {"limit": 5},
         }}}));
         assert_eq!(spec["linux"]["resources"]["cpu"], json!({"shares": 7}));
         assert_eq!(spec["linux"]["resources"].get("blockIO"), None);

@@ -1,6 +1,6 @@
 //! `linux.resources`: what of it can be honoured, and what an update makes of it.
 
-use oci_spec::runtime::{LinuxDeviceType, LinuxResources};
+use oci_spec::runtime::{LinuxBlockIo, LinuxDeviceType, LinuxResources};
 use serde_json::Value;
 use stockade_agent_protocol::resources;
 
@@ -12,6 +12,12 @@ pub fn check(limits: &LinuxResources) -> Result<(), Error> {
     resources::settings(limits)?;
     if limits.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
         return unsupported("linux.resources.rdma", "the guest has no RDMA devices; remove it");
+    }
+    if limits.block_io().as_ref().is_some_and(asks_for_something) {
+        return unsupported(
+            "linux.resources.blockIO",
+            "block devices are the host's, which does not limit them yet; remove it",
+        );
     }
     for (index, rule) in limits.devices().iter().flatten().enumerate() {
         let field = |name: &str| format!("linux.resources.devices[{index}].{name}");
@@ -29,6 +35,20 @@ pub fn check(limits: &LinuxResources) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Callers send it with zeros, which say nothing.
+fn asks_for_something(io: &LinuxBlockIo) -> bool {
+    let rates = [
+        io.throttle_read_bps_device(),
+        io.throttle_write_bps_device(),
+        io.throttle_read_iops_device(),
+        io.throttle_write_iops_device(),
+    ];
+    io.weight().unwrap_or(0) != 0
+        || io.leaf_weight().unwrap_or(0) != 0
+        || io.weight_device().as_ref().is_some_and(|devices| !devices.is_empty())
+        || rates.iter().any(|devices| devices.as_ref().is_some_and(|devices| !devices.is_empty()))
 }
 
 /// The limits in force after `changes`: what they do not name stays. Rules for devices are not changed this way, as
@@ -81,6 +101,12 @@ mod tests {
     }
 
     #[test]
+    fn zeros_of_callers_say_nothing() {
+        let zeros = json!({"blockIO": {"weight": 0, "leafWeight": 0, "throttleReadBpsDevice": []}});
+        check(&limits(zeros)).unwrap();
+    }
+
+    #[test]
     fn what_cannot_be_honoured_is_named() {
         for (json, field) in [
             (json!({"memory": {"limit": 100, "swap": 50}}), "linux.resources.memory.swap"),
@@ -90,6 +116,7 @@ mod tests {
             (json!({"devices": [{"allow": true, "access": "x"}]}), "linux.resources.devices[0].access"),
             (json!({"devices": [{"allow": true, "major": -2}]}), "linux.resources.devices[0].major"),
             (json!({"unified": {"a/b": "1"}}), "linux.resources.unified"),
+            (json!({"blockIO": {"weight": 500}}), "linux.resources.blockIO"),
         ] {
             let error = check(&limits(json.clone())).unwrap_err().to_string();
             assert!(error.starts_with(field), "{json}: {error}");
