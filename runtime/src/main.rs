@@ -9,6 +9,7 @@ mod cli;
 mod clock;
 mod config;
 mod guest_files;
+mod image;
 mod log;
 mod process;
 mod sandbox;

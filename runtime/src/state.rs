@@ -30,7 +30,8 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 /// Name of the share's mount point there.
 pub const SHARE: &str = "share";
 
-const FILE: &str = "state.json";
+/// Name of the state in a container's directory.
+pub const FILE: &str = "state.json";
 const NEW_FILE: &str = "state.json.new";
 /// An id becomes the name of a directory, and Linux allows 255 bytes for one (NAME_MAX).
 const ID_MAX: usize = 255;
@@ -99,6 +100,9 @@ pub struct State {
     pub resources: LinuxResources,
     /// The VM, which does not grow.
     pub vm: VmSize,
+    /// Directory in the image store that goes with the container, if it was made from an image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<PathBuf>,
     /// Hooks that `delete` runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub poststop: Vec<Hook>,
@@ -324,10 +328,10 @@ pub fn write_pid_file(path: &Path, pid: i32) -> Result<(), Error> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn state(id: &str) -> State {
+    pub(crate) fn state(id: &str) -> State {
         State {
             oci_version: "1.0.2".into(),
             id: id.into(),
@@ -342,6 +346,7 @@ mod tests {
             error: None,
             resources: LinuxResources::default(),
             vm: VmSize { vcpus: 1, memory: 256 << 20 },
+            scratch: None,
             poststop: Vec::new(),
         }
     }

@@ -34,6 +34,7 @@ pub fn create(global: &Global, args: Create, process_start_ns: u64) -> Outcome {
         id: args.container_id,
         root: global.root.clone(),
         bundle,
+        scratch: None,
         settings: Settings::load()?,
         console_socket: args.console_socket,
         debug: global.debug,

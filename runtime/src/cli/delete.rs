@@ -10,6 +10,7 @@ use clap::Args;
 
 use super::{Error, Global, Outcome};
 use crate::bundle::hooks;
+use crate::image::{self, scratch};
 use crate::process::ProcessId;
 use crate::state::{self, State, StateDir, Status};
 
@@ -54,6 +55,9 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
                 other.as_str()
             )));
         }
+    }
+    if let Some(scratch) = &state.scratch {
+        scratch::remove(scratch).map_err(image::Error::from)?;
     }
     dir.remove()?;
     let stopped = State { status: Status::Stopped, ..state };

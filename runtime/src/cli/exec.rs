@@ -160,6 +160,7 @@ mod tests {
             error: None,
             resources: Default::default(),
             vm: crate::size::VmSize { vcpus: 1, memory: 256 << 20 },
+            scratch: None,
             poststop: Vec::new(),
         }
     }

@@ -10,6 +10,7 @@ mod delete;
 mod events;
 mod exec;
 mod features;
+mod image;
 mod kill;
 mod list;
 mod pause;
@@ -30,7 +31,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::sandbox::control::{Conversation, Reply, Request};
 use crate::sandbox::pidfd;
 use crate::state::{DEFAULT_ROOT, State, StateDir};
-use crate::{bundle, config, guest_files, log, sandbox, state as container};
+use crate::{bundle, config, guest_files, image as images, log, sandbox, state as container};
 
 /// As runc says it: the program's own version, then that of the runtime specification.
 const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.3.0");
@@ -98,6 +99,7 @@ enum Command {
     Spec(liboci_cli::Spec),
     Features(liboci_cli::Features),
     Check(check::Check),
+    Image(image::Image),
 }
 
 /// What commands can fail with.
@@ -105,6 +107,8 @@ enum Command {
 pub enum Error {
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
+    #[error(transparent)]
+    Image(#[from] images::Error),
     #[error(transparent)]
     State(#[from] container::Error),
     #[error(transparent)]
@@ -186,6 +190,7 @@ fn dispatch(global: Global, command: Command, process_start_ns: u64) -> Outcome 
         Command::Spec(args) => spec::spec(args),
         Command::Features(_) => features::features(),
         Command::Check(_) => check::check(),
+        Command::Image(args) => image::image(args),
     }
 }
 

@@ -16,7 +16,7 @@ pub mod pidfd;
 mod poll;
 mod relay;
 mod reservation;
-mod share;
+pub mod share;
 pub mod signals;
 pub mod single;
 mod stats;

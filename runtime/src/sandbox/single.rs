@@ -32,6 +32,8 @@ pub struct Launch {
     pub root: PathBuf,
     /// What runs.
     pub bundle: Bundle,
+    /// Directory in the image store that goes with the container.
+    pub scratch: Option<PathBuf>,
     /// How.
     pub settings: Settings,
     /// Where a terminal's other end goes.
@@ -64,7 +66,7 @@ pub fn run(
     ready: impl FnOnce() -> Result<(), Error> + 'static,
 ) -> Result<Exit, Error> {
     let timeline = Timeline::begin(launch.process_start_ns);
-    let Launch { id, root, bundle, settings, .. } = launch;
+    let Launch { id, root, bundle, scratch, settings, .. } = launch;
 
     let files = GuestFiles::open(&settings)?;
     let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
@@ -76,7 +78,7 @@ pub fn run(
     let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), timeline)?;
 
     // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
-    let state = first_state(&id, &bundle, size, spawned.vmm_process()?)?;
+    let state = State { scratch, ..first_state(&id, &bundle, size, spawned.vmm_process()?)? };
     let reservation = Reservation::new(StateDir::create(&root, &id)?);
     reservation.dir().save(&state)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -157,6 +159,7 @@ fn first_state(id: &str, bundle: &Bundle, size: VmSize, vmm: ProcessId) -> Resul
         error: None,
         resources: bundle.limits(),
         vm: size,
+        scratch: None,
         poststop: bundle.spec.hooks().as_ref().and_then(|h| h.poststop().clone()).unwrap_or_default(),
     })
 }
