@@ -19,7 +19,7 @@ pub const ANNOTATION_MEMORY: &str = "io.stockade.memory";
 
 const MIB: u64 = 1 << 20;
 /// The kernel's default period of CPU quotas, µs.
-const CPU_PERIOD: u64 = 100_000;
+pub const CPU_PERIOD: u64 = 100_000;
 /// Without any limit.
 const DEFAULT_VCPUS: u64 = 1;
 /// Without any limit.

@@ -95,6 +95,9 @@ pub struct State {
     /// Why its sandbox ended before the workload did, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// The sandbox's cgroup on the host, if it has one, by its absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<PathBuf>,
     /// The limits in force: the bundle's, with what `update` changed.
     #[serde(default)]
     pub resources: LinuxResources,
@@ -344,6 +347,7 @@ pub(crate) mod tests {
             owner: 0,
             annotations: BTreeMap::from([("k".into(), "v".into())]),
             error: None,
+            cgroup: None,
             resources: LinuxResources::default(),
             vm: VmSize { vcpus: 1, memory: 256 << 20 },
             scratch: None,

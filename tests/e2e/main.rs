@@ -10,6 +10,7 @@
 mod harness;
 
 mod bad_input;
+mod cgroup;
 mod check;
 mod commands;
 mod endurance;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
     arguments.test_threads.get_or_insert(2);
     let cases: Vec<_> = [
         bad_input::CASES,
+        cgroup::CASES,
         check::CASES,
         commands::CASES,
         endurance::CASES,

@@ -1,6 +1,6 @@
 //! `linux.resources`: what of it can be honoured, and what an update makes of it.
 
-use oci_spec::runtime::{LinuxBlockIo, LinuxDeviceType, LinuxResources};
+use oci_spec::runtime::{LinuxDeviceType, LinuxResources};
 use serde_json::Value;
 use stockade_agent_protocol::resources;
 
@@ -13,11 +13,14 @@ pub fn check(limits: &LinuxResources) -> Result<(), Error> {
     if limits.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
         return unsupported("linux.resources.rdma", "the guest has no RDMA devices; remove it");
     }
-    if limits.block_io().as_ref().is_some_and(asks_for_something) {
-        return unsupported(
-            "linux.resources.blockIO",
-            "block devices are the host's, which does not limit them yet; remove it",
-        );
+    if let Some(io) = limits.block_io() {
+        let leaves = io.weight_device().iter().flatten().any(|device| device.leaf_weight().unwrap_or(0) != 0);
+        if leaves || io.leaf_weight().unwrap_or(0) != 0 {
+            return unsupported(
+                "linux.resources.blockIO.leafWeight",
+                "cgroup v2 has no leaf weight; remove it",
+            );
+        }
     }
     for (index, rule) in limits.devices().iter().flatten().enumerate() {
         let field = |name: &str| format!("linux.resources.devices[{index}].{name}");
@@ -35,20 +38,6 @@ pub fn check(limits: &LinuxResources) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-/// Callers send it with zeros, which say nothing.
-fn asks_for_something(io: &LinuxBlockIo) -> bool {
-    let rates = [
-        io.throttle_read_bps_device(),
-        io.throttle_write_bps_device(),
-        io.throttle_read_iops_device(),
-        io.throttle_write_iops_device(),
-    ];
-    io.weight().unwrap_or(0) != 0
-        || io.leaf_weight().unwrap_or(0) != 0
-        || io.weight_device().as_ref().is_some_and(|devices| !devices.is_empty())
-        || rates.iter().any(|devices| devices.as_ref().is_some_and(|devices| !devices.is_empty()))
 }
 
 /// The limits in force after `changes`: what they do not name stays. Rules for devices are not changed this way, as
@@ -116,7 +105,7 @@ mod tests {
             (json!({"devices": [{"allow": true, "access": "x"}]}), "linux.resources.devices[0].access"),
             (json!({"devices": [{"allow": true, "major": -2}]}), "linux.resources.devices[0].major"),
             (json!({"unified": {"a/b": "1"}}), "linux.resources.unified"),
-            (json!({"blockIO": {"weight": 500}}), "linux.resources.blockIO"),
+            (json!({"blockIO": {"leafWeight": 500}}), "linux.resources.blockIO.leafWeight"),
         ] {
             let error = check(&limits(json.clone())).unwrap_err().to_string();
             assert!(error.starts_with(field), "{json}: {error}");

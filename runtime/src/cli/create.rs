@@ -37,6 +37,7 @@ pub fn create(global: &Global, args: Create, process_start_ns: u64) -> Outcome {
         scratch: None,
         settings: Settings::load()?,
         console_socket: args.console_socket,
+        systemd_cgroup: global.systemd_cgroup,
         debug: global.debug,
         process_start_ns,
     };

@@ -12,6 +12,7 @@ use super::{Error, Global, Outcome};
 use crate::bundle::hooks;
 use crate::image::{self, scratch};
 use crate::process::ProcessId;
+use crate::sandbox::cgroup;
 use crate::state::{self, State, StateDir, Status};
 
 /// How long a killed process may take to be gone. A VMM gives its guest's memory back in that time.
@@ -55,6 +56,9 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
                 other.as_str()
             )));
         }
+    }
+    if let Some(path) = &state.cgroup {
+        cgroup::remove(path).map_err(|e| Error::Refused(e.to_string()))?;
     }
     if let Some(scratch) = &state.scratch {
         scratch::remove(scratch).map_err(image::Error::from)?;

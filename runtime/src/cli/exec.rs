@@ -158,6 +158,7 @@ mod tests {
             owner: 0,
             annotations: Default::default(),
             error: None,
+            cgroup: None,
             resources: Default::default(),
             vm: crate::size::VmSize { vcpus: 1, memory: 256 << 20 },
             scratch: None,

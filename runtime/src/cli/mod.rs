@@ -61,8 +61,8 @@ struct Global {
     /// Log more, and the guest's console too
     #[arg(long, global = true)]
     debug: bool,
-    /// Accepted and without effect: containers' cgroups are the guest's
-    #[arg(long, global = true, hide = true)]
+    /// The paths of cgroups have systemd's form, slice:prefix:name
+    #[arg(long, global = true)]
     systemd_cgroup: bool,
     /// Accepted and without effect: stockade must run as root
     #[arg(long, hide = true, value_name = "BOOL", value_parser = ["true", "false", "auto"])]

@@ -164,6 +164,7 @@ impl Container<'_> {
             scratch: self.scratch.as_ref().map(|scratch| scratch.path().to_owned()),
             settings: Settings::load()?,
             console_socket: args.console_socket.clone(),
+            systemd_cgroup: global.systemd_cgroup,
             debug: global.debug,
             process_start_ns,
         };

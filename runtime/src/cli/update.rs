@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Error, Global, Outcome, ask_with, open, stopped};
 use crate::bundle;
+use crate::sandbox::cgroup;
 use crate::sandbox::control::{Request, attachment};
 use crate::size;
 use crate::state::Status;
@@ -100,6 +101,11 @@ pub fn update(global: &Global, args: Update) -> Outcome {
     let changes: LinuxResources = serde_json::from_value(changes)
         .map_err(|e| Error::Usage(format!("the new limits are no linux.resources object: {e}")))?;
     state.vm.check_update(&changes).map_err(|e| Error::Refused(e.to_string()))?;
+    if let (None, Some(field)) = (&state.cgroup, cgroup::only_on_host(&changes)) {
+        return Err(Error::Refused(format!(
+            "linux.resources.{field} cannot be honoured: this container has no cgroup on the host; create it with linux.cgroupsPath"
+        )));
+    }
     let merged = bundle::merge_resources(&state.resources, &changes)?;
     bundle::check_resources(&merged)?;
     let text = serde_json::to_vec(&merged).map_err(|e| Error::Io("encode the limits".into(), e.into()))?;

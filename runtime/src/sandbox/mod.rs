@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod attach;
+pub mod cgroup;
 mod console;
 pub mod control;
 pub mod launch;
@@ -89,6 +90,9 @@ pub enum Error {
     /// of a terminal
     #[error(transparent)]
     Terminal(#[from] terminal::Error),
+    /// of the host's cgroup
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
     /// of a pidfd socket
     #[error(transparent)]
     PidFd(#[from] pidfd::Error),

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use tokio::task::LocalSet;
 
 use super::agent::Exit;
+use super::cgroup::{self, Membership, Place};
 use super::reservation::Reservation;
 use super::signals::Signals;
 use super::stdio::{self, HostStdio};
@@ -38,6 +39,8 @@ pub struct Launch {
     pub settings: Settings,
     /// Where a terminal's other end goes.
     pub console_socket: Option<PathBuf>,
+    /// Whether the cgroup's path has systemd's form.
+    pub systemd_cgroup: bool,
     /// Whether the guest shall be talkative.
     pub debug: bool,
     /// When this process began, `CLOCK_MONOTONIC`.
@@ -74,11 +77,17 @@ pub fn run(
     let adapted = guest::adapt(&bundle, &id)?;
     let os = |what| move |e: io::Error| Error::Os(what, e);
 
+    let cgroup = match cgroup::place(&bundle, &id, launch.systemd_cgroup)? {
+        Place::Callers => None,
+        Place::Own(path) => Some(Membership::enter(path, &bundle.limits(), size)?),
+    };
     let signals = Signals::block().map_err(os("block signals"))?;
     let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), timeline)?;
 
     // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
-    let state = State { scratch, ..first_state(&id, &bundle, size, spawned.vmm_process()?)? };
+    let first = first_state(&id, &bundle, size, spawned.vmm_process()?)?;
+    let own_cgroup = cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
+    let state = State { scratch, cgroup: own_cgroup, ..first };
     let reservation = Reservation::new(StateDir::create(&root, &id)?);
     reservation.dir().save(&state)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -125,7 +134,7 @@ pub fn run(
     let (supervisor, result) = outcome?;
     stdio.restore();
 
-    supervisor.end(&reservation, mode, result.as_ref().err());
+    supervisor.end(&reservation, cgroup.as_ref(), mode, result.as_ref().err());
     result
 }
 
@@ -157,6 +166,7 @@ fn first_state(id: &str, bundle: &Bundle, size: VmSize, vmm: ProcessId) -> Resul
         owner: nix::unistd::getuid().as_raw(),
         annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect::<BTreeMap<_, _>>(),
         error: None,
+        cgroup: None,
         resources: bundle.limits(),
         vm: size,
         scratch: None,

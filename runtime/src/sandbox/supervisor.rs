@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::agent::{self, Exit};
+use super::cgroup::{self, Membership};
 use super::control::{self, AsyncConversation, Listener, ProcessInfo, Reply, Request};
 use super::reservation::Reservation;
 use super::signals::Signals;
@@ -293,6 +294,9 @@ impl Supervisor {
         let guests = serde_json::to_vec(&guest::guests_part(resources.clone())).map_err(|e| e.to_string())?;
         self.sandbox.agent.update(&self.id(), guests).await.map_err(|e| e.to_string())?;
         let mut state = self.state.borrow_mut();
+        if let Some(path) = &state.cgroup {
+            cgroup::apply(path, &resources, state.vm).map_err(|e| e.to_string())?;
+        }
         state.resources = resources;
         self.dir.save(&state).map_err(|e| e.to_string())
     }
@@ -390,7 +394,13 @@ impl Supervisor {
     }
 
     /// Ends the VM and leaves what this mode leaves. The exit is known by now: whatever fails here is logged.
-    pub(super) fn end(&self, reservation: &Reservation, mode: Mode, error: Option<&Error>) {
+    pub(super) fn end(
+        &self,
+        reservation: &Reservation,
+        cgroup: Option<&Membership>,
+        mode: Mode,
+        error: Option<&Error>,
+    ) {
         self.sandbox.kill();
         self.state.borrow_mut().error = error.map(Error::to_string);
         if reservation.is_kept() {
@@ -403,6 +413,15 @@ impl Supervisor {
             let outside = self.sandbox.outside();
             if let Err(e) = hooks::run("poststop", &state.poststop, &state.to_oci_json(), outside) {
                 tracing::warn!("{e}");
+            }
+        }
+        if let Some(cgroup) = cgroup {
+            if reservation.is_kept() {
+                cgroup.keep();
+            } else {
+                // Before the state goes, from which `delete` would know of it.
+                self.sandbox.reap();
+                cgroup.leave();
             }
         }
         reservation.release();

@@ -1,0 +1,457 @@
+//! The sandbox's cgroup on the host (cgroup v2): supervisor and VMM live in it, and the guest's memory is accounted
+//! there.
+//!
+//! It is the one that `linux.cgroupsPath` names. Where a bundle names none there is none, unless it asks for limits
+//! that only the host can set: then it is where runc would make it. Limits are those of the workload and what the VM
+//! needs besides, so that the guest's own OOM killer and scheduler act first. `delete` removes it, from the state
+//! alone; the parents that had to be made stay, as under runc.
+
+use std::cell::Cell;
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxResources, LinuxThrottleDevice};
+use stockade_agent_protocol::resources::weight_of_shares;
+
+use crate::bundle::Bundle;
+use crate::size::{CPU_PERIOD, VmSize};
+
+/// Where the file system is mounted, on every host.
+const ROOT: &str = "/sys/fs/cgroup";
+/// There when systemd runs the host (sd_booted(3)).
+const SYSTEMD: &str = "/run/systemd/system";
+/// Controllers that a limit may need.
+const CONTROLLERS: [&str; 5] = ["cpu", "memory", "io", "pids", "cpuset"];
+/// What supervisor and VMM need beside the guest's memory: 5 MiB seen, with room for requests under way.
+const OVERHEAD: u64 = 32 << 20;
+/// Of guest memory, for page tables on both sides of the wall (8 bytes for each 4 KiB, twice) with some to spare.
+const TABLES_FRACTION: u64 = 128;
+/// How long the kernel may take to see that a cgroup whose processes have ended is empty.
+const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Errors of the host's cgroup.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// the path is none
+    #[error("linux.cgroupsPath is {0:?}: with --systemd-cgroup write slice:prefix:name")]
+    Path(String),
+    /// the host cannot do it
+    #[error("linux.resources.{field} cannot be honoured: {why}; remove it")]
+    NoCgroup { field: &'static str, why: &'static str },
+    /// somebody else's
+    #[error("linux.cgroupsPath: the cgroup {0} is not empty: name another, or end what is in it")]
+    NotEmpty(PathBuf),
+    /// a limit cannot be applied
+    #[error("{field} cannot be applied on the host ({file} = {value:?}): {source}")]
+    Limit { field: &'static str, file: String, value: String, source: io::Error },
+    /// an operation failed
+    #[error("cannot {0} the cgroup {1}: {2}")]
+    Io(&'static str, PathBuf, #[source] io::Error),
+}
+
+/// Where a sandbox is to live.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Where its caller does.
+    Callers,
+    /// In a cgroup of its own, by its absolute path.
+    Own(PathBuf),
+}
+
+/// Finds the place for a bundle. `systemd` says that its path has systemd's form.
+pub fn place(bundle: &Bundle, id: &str, systemd: bool) -> Result<Place, Error> {
+    let linux = bundle.spec.linux().as_ref();
+    let named = linux.and_then(|linux| linux.cgroups_path().as_deref()).unwrap_or(Path::new(""));
+    let limits = bundle.limits();
+    let wanted = only_on_host(&limits);
+    if named.as_os_str().is_empty() && wanted.is_none() {
+        return Ok(Place::Callers);
+    }
+    let why = if !matches!(statfs(ROOT), Ok(found) if found.filesystem_type() == CGROUP2_SUPER_MAGIC) {
+        "the host has no cgroup v2 at /sys/fs/cgroup"
+    } else if systemd && Path::new(SYSTEMD).exists() {
+        "cgroups below systemd's slices are systemd's, which is not asked for one; use the cgroupfs manager"
+    } else {
+        return path(named, id, systemd).map(Place::Own);
+    };
+    if let Some(field) = wanted.filter(|field| *field != "cpu.cpus") {
+        return Err(Error::NoCgroup { field, why });
+    }
+    tracing::warn!("the sandbox stays in its caller's cgroup: {why}");
+    Ok(Place::Callers)
+}
+
+/// The first limit that only the host can set.
+pub fn only_on_host(limits: &LinuxResources) -> Option<&'static str> {
+    let cpu = limits.cpu().as_ref();
+    let is_list = |list: Option<&String>| list.is_some_and(|list| !list.trim().is_empty());
+    if limits.block_io().as_ref().is_some_and(|io| !block_io(io).is_empty()) {
+        Some("blockIO")
+    } else if is_list(cpu.and_then(|cpu| cpu.mems().as_ref())) {
+        Some("cpu.mems")
+    } else if is_list(cpu.and_then(|cpu| cpu.cpus().as_ref())) {
+        Some("cpu.cpus")
+    } else {
+        None
+    }
+}
+
+fn path(named: &Path, id: &str, systemd: bool) -> Result<PathBuf, Error> {
+    if systemd {
+        let relative = systemd_path(&named.to_string_lossy(), id);
+        return Ok(Path::new(ROOT).join(relative.ok_or_else(|| Error::Path(named.display().to_string()))?));
+    }
+    let named = if named.as_os_str().is_empty() { Path::new(id) } else { named };
+    if named.is_absolute() {
+        return Ok(below(Path::new(ROOT), named));
+    }
+    // runc: beside the cgroup of the caller, which has processes and so no children.
+    let own = own()?;
+    Ok(below(own.parent().unwrap_or(Path::new(ROOT)), named))
+}
+
+/// Joins, without ever leaving `root`.
+fn below(root: &Path, path: &Path) -> PathBuf {
+    let mut names = Vec::new();
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => names.push(name),
+            Component::ParentDir => drop(names.pop()),
+            _ => {}
+        }
+    }
+    names.into_iter().fold(root.to_owned(), |path, name| path.join(name))
+}
+
+/// `slice:prefix:name` as systemd lays it out: `a-b.slice` lies in `a.slice`, and the unit is `prefix-name.scope`.
+fn systemd_path(named: &str, id: &str) -> Option<PathBuf> {
+    let parts: Vec<&str> =
+        if named.is_empty() { vec!["", "stockade", id] } else { named.split(':').collect() };
+    let [slice, prefix, name] = parts[..] else { return None };
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let stem = slice.strip_suffix(".slice")?;
+    let valid = |part: &str| !part.contains('/') && !part.starts_with('.');
+    if ![slice, prefix, name].into_iter().all(valid) || name.is_empty() {
+        return None;
+    }
+    let mut path = PathBuf::new();
+    // The root slice is called "-".
+    if stem != "-" {
+        let mut so_far = String::new();
+        for word in stem.split('-') {
+            if word.is_empty() {
+                return None;
+            }
+            so_far = if so_far.is_empty() { word.into() } else { format!("{so_far}-{word}") };
+            path.push(format!("{so_far}.slice"));
+        }
+    }
+    path.push(match (prefix, name) {
+        (_, name) if name.ends_with(".slice") => name.to_owned(),
+        ("", name) => format!("{name}.scope"),
+        (prefix, name) => format!("{prefix}-{name}.scope"),
+    });
+    Some(path)
+}
+
+/// This process's cgroup, by its absolute path.
+fn own() -> Result<PathBuf, Error> {
+    let failed = |e| Error::Io("find", PathBuf::from("/proc/self/cgroup"), e);
+    let text = fs::read_to_string("/proc/self/cgroup").map_err(failed)?;
+    let line = text.lines().find_map(|line| line.strip_prefix("0::"));
+    let line = line.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    Ok(below(Path::new(ROOT), Path::new(line)))
+}
+
+/// A sandbox's cgroup with this process in it. Dropping it leaves and removes it, unless that is left to `delete`.
+#[derive(Debug)]
+pub struct Membership {
+    path: PathBuf,
+    came_from: PathBuf,
+    ours: Cell<bool>,
+}
+
+impl Membership {
+    /// Makes a cgroup with its limits and moves this process there. What it starts from then on is there too.
+    pub fn enter(path: PathBuf, limits: &LinuxResources, vm: VmSize) -> Result<Self, Error> {
+        let came_from = own()?;
+        make(&path)?;
+        let membership = Membership { path, came_from, ours: Cell::new(true) };
+        apply(&membership.path, limits, vm)?;
+        join(&membership.path)?;
+        Ok(membership)
+    }
+
+    /// The cgroup.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Leaves its removal to `delete`.
+    pub fn keep(&self) {
+        self.ours.set(false);
+    }
+
+    /// Goes back to where this process came from and removes the cgroup, whose other processes have ended.
+    pub fn leave(&self) {
+        if self.ours.replace(false)
+            && let Err(e) = join(&self.came_from).and_then(|()| remove(&self.path))
+        {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+fn join(path: &Path) -> Result<(), Error> {
+    fs::write(path.join("cgroup.procs"), "0").map_err(|e| Error::Io("enter", path.to_owned(), e))
+}
+
+fn make(path: &Path) -> Result<(), Error> {
+    let failed = |e| Error::Io("make", path.to_owned(), e);
+    let parent = path.parent().unwrap_or(Path::new(ROOT));
+    fs::create_dir_all(parent).map_err(failed)?;
+    let mut ancestors: Vec<&Path> = parent.ancestors().take_while(|dir| dir.starts_with(ROOT)).collect();
+    ancestors.reverse();
+    for dir in ancestors {
+        for controller in CONTROLLERS {
+            // One that cannot be had is missed only by the limit that needs it, which then says so.
+            let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+    }
+    match fs::create_dir(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            let populated = fs::read_to_string(path.join("cgroup.events")).map_err(failed)?;
+            match populated.lines().any(|line| line == "populated 0") {
+                true => Ok(()),
+                false => Err(Error::NotEmpty(path.to_owned())),
+            }
+        }
+        made => made.map_err(failed),
+    }
+}
+
+/// Applies the host's part of limits, with what the VM needs on top.
+pub fn apply(path: &Path, limits: &LinuxResources, vm: VmSize) -> Result<(), Error> {
+    for Setting { field, file, value } in settings(limits, vm) {
+        // Schedulers of block devices have a file each; which of them a host uses is not the bundle's business.
+        let file = match file {
+            "io.weight" if path.join("io.bfq.weight").exists() => "io.bfq.weight",
+            file => file,
+        };
+        let failed = |source| Error::Limit { field, file: file.into(), value: value.clone(), source };
+        fs::write(path.join(file), &value).map_err(failed)?;
+    }
+    Ok(())
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Setting {
+    field: &'static str,
+    file: &'static str,
+    value: String,
+}
+
+fn set(field: &'static str, file: &'static str, value: impl ToString) -> Setting {
+    Setting { field, file, value: value.to_string() }
+}
+
+fn settings(limits: &LinuxResources, vm: VmSize) -> Vec<Setting> {
+    let mut settings = Vec::new();
+    if let Some(memory) = limits.memory() {
+        let limit = memory.limit().filter(|limit| *limit != 0);
+        match limit {
+            // Below what a VM of this size takes the host would act first, and kill all of it.
+            Some(1..) => {
+                let most = vm.memory + vm.memory / TABLES_FRACTION + OVERHEAD;
+                settings.push(set("linux.resources.memory.limit", "memory.max", most));
+            }
+            Some(_) => settings.push(set("linux.resources.memory.limit", "memory.max", "max")),
+            None => {}
+        }
+        let swap = match (memory.swap().unwrap_or(0), limit) {
+            (0, _) => None,
+            (..0, _) => Some("max".to_owned()),
+            (swap, limit) => Some((swap - limit.unwrap_or(0)).max(0).to_string()),
+        };
+        settings.extend(swap.map(|swap| set("linux.resources.memory.swap", "memory.swap.max", swap)));
+        if let Some(low) = memory.reservation().filter(|low| *low > 0) {
+            settings.push(set("linux.resources.memory.reservation", "memory.low", low));
+        }
+    }
+    if let Some(cpu) = limits.cpu() {
+        cpu_settings(cpu, &mut settings);
+    }
+    settings.extend(limits.block_io().as_ref().into_iter().flat_map(block_io));
+    settings
+}
+
+fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) {
+    if let Some(idle) = cpu.idle() {
+        settings.push(set("linux.resources.cpu.idle", "cpu.idle", idle));
+    }
+    if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+        settings.push(set("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares)));
+    }
+    let period = cpu.period().filter(|period| *period != 0).unwrap_or(CPU_PERIOD);
+    match cpu.quota() {
+        // One CPU more: for the VMM's own threads, which work for the guest, and for the guest's boot, which would
+        // take as many times longer as the quota is small.
+        Some(quota @ 1..) => {
+            let value = format!("{} {period}", quota as u64 + period);
+            settings.push(set("linux.resources.cpu.quota", "cpu.max", value));
+        }
+        Some(_) => settings.push(set("linux.resources.cpu.quota", "cpu.max", format!("max {period}"))),
+        None => {}
+    }
+    for (field, file, list) in [
+        ("linux.resources.cpu.cpus", "cpuset.cpus", cpu.cpus()),
+        ("linux.resources.cpu.mems", "cpuset.mems", cpu.mems()),
+    ] {
+        let list = list.as_ref().filter(|list| !list.trim().is_empty());
+        settings.extend(list.map(|list| set(field, file, list)));
+    }
+}
+
+/// Reads and writes are the VMM's, on behalf of the guest.
+fn block_io(io: &LinuxBlockIo) -> Vec<Setting> {
+    let mut settings = Vec::new();
+    // cgroup v1's 10..=1000 to cgroup v2's 1..=10000.
+    let weight = |weight: u16| 1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9_999 / 990;
+    if let Some(named) = io.weight().filter(|weight| *weight != 0) {
+        let value = format!("default {}", weight(named));
+        settings.push(set("linux.resources.blockIO.weight", "io.weight", value));
+    }
+    for device in io.weight_device().iter().flatten() {
+        if let Some(named) = device.weight().filter(|weight| *weight != 0) {
+            let value = format!("{}:{} {}", device.major(), device.minor(), weight(named));
+            settings.push(set("linux.resources.blockIO.weightDevice", "io.weight", value));
+        }
+    }
+    let mut throttle = |field, devices: &Option<Vec<LinuxThrottleDevice>>, key: &str| {
+        for device in devices.iter().flatten() {
+            let rate = if device.rate() == 0 { "max".into() } else { device.rate().to_string() };
+            let value = format!("{}:{} {key}={rate}", device.major(), device.minor());
+            settings.push(set(field, "io.max", value));
+        }
+    };
+    throttle("linux.resources.blockIO.throttleReadBpsDevice", io.throttle_read_bps_device(), "rbps");
+    throttle("linux.resources.blockIO.throttleWriteBpsDevice", io.throttle_write_bps_device(), "wbps");
+    throttle("linux.resources.blockIO.throttleReadIOPSDevice", io.throttle_read_iops_device(), "riops");
+    throttle("linux.resources.blockIO.throttleWriteIOPSDevice", io.throttle_write_iops_device(), "wiops");
+    settings
+}
+
+/// Removes the cgroup of a sandbox whose processes have ended. One that is gone is fine; what a hook has left in it is
+/// ended.
+pub fn remove(path: &Path) -> Result<(), Error> {
+    let begin = Instant::now();
+    loop {
+        match fs::remove_dir(path).map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {
+            Ok(()) | Err((Some(Errno::ENOENT), _)) => return Ok(()),
+            Err((Some(Errno::EBUSY), _)) if begin.elapsed() < EMPTY_TIMEOUT => {
+                // Without it (before Linux 5.14) only the wait is left.
+                let _ = fs::write(path.join("cgroup.kill"), "1");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err((_, e)) => return Err(Error::Io("remove", path.to_owned(), e)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::tests::bundle;
+    use serde_json::{Value, json};
+
+    fn of(limits: Value, vm: VmSize) -> Vec<(&'static str, String)> {
+        let limits = serde_json::from_value(limits).unwrap();
+        settings(&limits, vm).into_iter().map(|setting| (setting.file, setting.value)).collect()
+    }
+
+    #[test]
+    fn paths_are_those_of_runc_and_never_leave_the_file_system() {
+        let at =
+            |named: &str, systemd| path(Path::new(named), "c1", systemd).map(|p| p.display().to_string());
+        assert_eq!(at("/libpod_parent/libpod-1", false).unwrap(), "/sys/fs/cgroup/libpod_parent/libpod-1");
+        assert_eq!(at("/../../etc/./x", false).unwrap(), "/sys/fs/cgroup/etc/x");
+        assert_eq!(
+            at("system.slice:docker:1f", true).unwrap(),
+            "/sys/fs/cgroup/system.slice/docker-1f.scope"
+        );
+        assert_eq!(
+            at("kubepods-burstable-pod1.slice:cri:2", true).unwrap(),
+            "/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-2.scope"
+        );
+        assert_eq!(at("-.slice::x", true).unwrap(), "/sys/fs/cgroup/x.scope");
+        assert_eq!(at("", true).unwrap(), "/sys/fs/cgroup/system.slice/stockade-c1.scope");
+        for bad in
+            ["/a/b", "a:b", "a:b:c", "a.slice:b:../c", "a.slice:b:", "a--b.slice:b:c", "../x.slice:a:b"]
+        {
+            assert!(matches!(at(bad, true), Err(Error::Path(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_who_needs_a_cgroup_of_the_host_gets_one() {
+        let place_of = |changes| place(&bundle(changes).1.unwrap(), "c1", false);
+        assert_eq!(place_of(json!({})).unwrap(), Place::Callers);
+        let guests = json!({"memory": {"limit": 99 << 20}, "cpu": {"quota": 5000, "cpus": ""}, "blockIO": {"weight": 0}});
+        assert_eq!(place_of(json!({"linux": {"resources": guests}})).unwrap(), Place::Callers);
+        for (limits, field) in [
+            (json!({"blockIO": {"weight": 10}}), "blockIO"),
+            (json!({"cpu": {"mems": "0"}}), "cpu.mems"),
+            (json!({"cpu": {"cpus": "0"}}), "cpu.cpus"),
+        ] {
+            assert_eq!(only_on_host(&serde_json::from_value(limits).unwrap()), Some(field));
+        }
+    }
+
+    #[test]
+    fn the_vm_gets_what_it_needs_beside_its_workload() {
+        let vm = VmSize { vcpus: 1, memory: 128 << 20 };
+        assert_eq!(
+            of(json!({"memory": {"limit": 62 << 20, "swap": 72 << 20, "reservation": 5}}), vm),
+            [
+                ("memory.max", ((128 << 20) + (1 << 20) + (32 << 20)).to_string()),
+                ("memory.swap.max", (10 << 20).to_string()),
+                ("memory.low", "5".into())
+            ]
+        );
+        assert_eq!(
+            of(json!({"cpu": {"quota": 20_000, "shares": 1024, "cpus": "1-2", "mems": ""}}), vm),
+            [("cpu.weight", "39".into()), ("cpu.max", "120000 100000".into()), ("cpuset.cpus", "1-2".into())]
+        );
+        assert_eq!(of(json!({"memory": {"limit": -1}, "cpu": {"quota": -1}}), vm)[1].1, "max 100000");
+        assert_eq!(of(json!({"pids": {"limit": 5}, "unified": {"memory.high": "1"}}), vm), []);
+    }
+
+    #[test]
+    fn block_io_is_the_hosts() {
+        let vm = VmSize { vcpus: 1, memory: 128 << 20 };
+        let limits = json!({"blockIO": {
+            "weight": 1000, "weightDevice": [{"major": 8, "minor": 0, "weight": 10}],
+            "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1000}],
+            "throttleWriteIOPSDevice": [{"major": 8, "minor": 16, "rate": 0}],
+        }});
+        assert_eq!(
+            of(limits, vm),
+            [
+                ("io.weight", "default 10000".into()),
+                ("io.weight", "8:0 1".into()),
+                ("io.max", "8:0 rbps=1000".into()),
+                ("io.max", "8:16 wiops=max".into())
+            ]
+        );
+    }
+}
