@@ -21,6 +21,7 @@ mod helper;
 mod hooks;
 mod log;
 mod mounts;
+mod network;
 mod oom;
 mod processes;
 mod reaper;

@@ -13,15 +13,15 @@ use stockade_agent_protocol::PROTOCOL_VERSION;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty, Event,
     ExecRequest, ExecResponse, HandshakeRequest, HandshakeResponse, PidsResponse, ProcessRequest,
-    ResizeRequest, SetupSandboxRequest, SetupSandboxResponse, ShutdownRequest, SignalRequest, StatsResponse,
-    UpdateRequest, WaitResponse,
+    ResizeRequest, SetNetworkRequest, SetupSandboxRequest, SetupSandboxResponse, ShutdownRequest,
+    SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
 };
 use stockade_agent_protocol::service::Agent;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::container::Containers;
 use crate::error::Error;
-use crate::{boot, console, processes, sandbox};
+use crate::{boot, console, network, processes, sandbox};
 
 /// Highest signal number, SIGRTMAX.
 const SIGNAL_MAX: u32 = 64;
@@ -111,6 +111,12 @@ impl Agent for Service {
             return Err(e.into());
         }
         Ok(SetupSandboxResponse::default())
+    }
+
+    async fn set_network(&self, _: &TtrpcContext, request: SetNetworkRequest) -> ttrpc::Result<Empty> {
+        self.containers()?;
+        network::set(&request)?;
+        Ok(Empty::default())
     }
 
     async fn create_container(
