@@ -11,6 +11,7 @@ mod config;
 mod guest_files;
 mod image;
 mod log;
+mod network;
 mod process;
 mod sandbox;
 mod size;

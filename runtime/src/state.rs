@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use stockade_agent_protocol::check_id;
 
 use crate::bundle::Hook;
+use crate::network;
 use crate::process::ProcessId;
 use crate::size::VmSize;
 
@@ -106,6 +107,9 @@ pub struct State {
     /// Directory in the image store that goes with the container, if it was made from an image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scratch: Option<PathBuf>,
+    /// What of the network is to be taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<network::Record>,
     /// Hooks that `delete` runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub poststop: Vec<Hook>,
@@ -348,6 +352,7 @@ pub(crate) mod tests {
             annotations: BTreeMap::from([("k".into(), "v".into())]),
             error: None,
             cgroup: None,
+            network: None,
             resources: LinuxResources::default(),
             vm: VmSize { vcpus: 1, memory: 256 << 20 },
             scratch: None,

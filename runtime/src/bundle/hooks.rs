@@ -1,8 +1,8 @@
 //! Hooks that run on the host: prestart, createRuntime, poststart, poststop.
 //!
-//! A hook gets the container's state on its standard input and runs in the mount namespace that the caller lives
-//! in, not in the supervisor's, and with no signal blocked or ignored. One that fails or takes longer than its timeout is an error that names it; what
-//! that means for the container is the caller's business.
+//! A hook gets the container's state on its standard input and runs in the namespaces that the caller lives in, not
+//! in the supervisor's, and with no signal blocked or ignored. One that fails or takes longer than its timeout is an
+//! error that names it; what that means for the container is the caller's business.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -39,18 +39,13 @@ pub enum Error {
     Timeout { kind: &'static str, path: PathBuf, seconds: i64 },
 }
 
-/// Runs hooks in their order, until one fails. `state` is what they read; `namespace` is the mount namespace to run
-/// them in, if it is not this process's.
-pub fn run(
-    kind: &'static str,
-    hooks: &[Hook],
-    state: &[u8],
-    namespace: Option<&OwnedFd>,
-) -> Result<(), Error> {
-    hooks.iter().try_for_each(|hook| run_one(kind, hook, state, namespace))
+/// Runs hooks in their order, until one fails. `state` is what they read; `namespaces` are those to run them in that
+/// are not this process's.
+pub fn run(kind: &'static str, hooks: &[Hook], state: &[u8], namespaces: &[OwnedFd]) -> Result<(), Error> {
+    hooks.iter().try_for_each(|hook| run_one(kind, hook, state, namespaces))
 }
 
-fn run_one(kind: &'static str, hook: &Hook, state: &[u8], namespace: Option<&OwnedFd>) -> Result<(), Error> {
+fn run_one(kind: &'static str, hook: &Hook, state: &[u8], namespaces: &[OwnedFd]) -> Result<(), Error> {
     let path = hook.path();
     let failed = |source| Error::Run { kind, path: path.clone(), source };
     // Files, not pipes: a hook that does not read its input or leaves a daemon behind cannot block us.
@@ -69,13 +64,12 @@ fn run_one(kind: &'static str, hook: &Hook, state: &[u8], namespace: Option<&Own
         command.env(name, value);
     }
     command.stdin(input).stdout(Stdio::null()).stderr(output.try_clone().map_err(failed)?);
-    let namespace = namespace.map(OwnedFd::try_clone).transpose().map_err(failed)?;
+    let namespaces = namespaces.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
+    let namespaces = namespaces.map_err(failed)?;
     let prepare = move || {
         forget_signals()?;
-        match &namespace {
-            Some(namespace) => Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?),
-            None => Ok(()),
-        }
+        // Of whatever kind each is.
+        Ok(namespaces.iter().try_for_each(|namespace| setns(namespace, CloneFlags::empty()))?)
     };
     // SAFETY: `prepare` makes system calls and allocates nothing, as is asked of code between fork and exec.
     unsafe { command.pre_exec(prepare) };
@@ -132,7 +126,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out").display().to_string();
         let script = format!("cat > {out}; env >> {out}");
-        run("prestart", &[hook(&script, Some(30))], b"STATE\n", None).unwrap();
+        run("prestart", &[hook(&script, Some(30))], b"STATE\n", &[]).unwrap();
         let text = std::fs::read_to_string(&out).unwrap();
         assert!(text.starts_with("STATE\n"), "{text}");
         assert!(text.contains("WHO=hook") && !text.contains("CARGO"), "{text}");
@@ -145,7 +139,7 @@ mod tests {
         // SAFETY: no handler of ours; nothing in this program waits for this signal.
         unsafe { signal(Signal::SIGUSR2, SigHandler::SigIgn) }.unwrap();
         let script = "grep -E '^Sig(Blk|Ign)' /proc/self/status >&2; exit 1";
-        let error = run("prestart", &[hook(script, None)], b"", None).unwrap_err().to_string();
+        let error = run("prestart", &[hook(script, None)], b"", &[]).unwrap_err().to_string();
         relayed.thread_unblock().unwrap();
         // 32 and 33 are the C library's own and cannot be set.
         let (_, masks) = error.split_once("SigBlk:\t").unwrap();
@@ -159,7 +153,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mark = dir.path().join("mark");
         let hooks = [hook("echo broken >&2; exit 3", None), hook(&format!("touch {}", mark.display()), None)];
-        let error = run("poststart", &hooks, b"", None).unwrap_err().to_string();
+        let error = run("poststart", &hooks, b"", &[]).unwrap_err().to_string();
         assert!(error.contains("poststart") && error.contains("exit status: 3") && error.contains("broken"));
         assert!(!mark.exists());
     }
@@ -167,7 +161,7 @@ mod tests {
     #[test]
     fn a_hook_that_hangs_is_killed() {
         let started = std::time::Instant::now();
-        let error = run("poststop", &[hook("exec sleep 600", Some(1))], b"", None).unwrap_err();
+        let error = run("poststop", &[hook("exec sleep 600", Some(1))], b"", &[]).unwrap_err();
         assert!(matches!(error, Error::Timeout { seconds: 1, .. }), "{error}");
         assert!(started.elapsed().as_secs() < 60);
     }

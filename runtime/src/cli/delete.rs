@@ -11,6 +11,7 @@ use clap::Args;
 use super::{Error, Global, Outcome};
 use crate::bundle::hooks;
 use crate::image::{self, scratch};
+use crate::network;
 use crate::process::ProcessId;
 use crate::sandbox::cgroup;
 use crate::state::{self, State, StateDir, Status};
@@ -63,9 +64,12 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
     if let Some(scratch) = &state.scratch {
         scratch::remove(scratch).map_err(image::Error::from)?;
     }
+    if let Some(record) = &state.network {
+        network::clean_up(record)?;
+    }
     dir.remove()?;
     let stopped = State { status: Status::Stopped, ..state };
-    if let Err(e) = hooks::run("poststop", &stopped.poststop, &stopped.to_oci_json(), None) {
+    if let Err(e) = hooks::run("poststop", &stopped.poststop, &stopped.to_oci_json(), &[]) {
         // The runtime specification: logged, and the rest goes on.
         tracing::warn!("{e}");
     }

@@ -161,6 +161,7 @@ mod tests {
             cgroup: None,
             resources: Default::default(),
             vm: crate::size::VmSize { vcpus: 1, memory: 256 << 20 },
+            network: None,
             scratch: None,
             poststop: Vec::new(),
         }

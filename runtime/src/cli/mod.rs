@@ -31,7 +31,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::sandbox::control::{Conversation, Reply, Request};
 use crate::sandbox::pidfd;
 use crate::state::{DEFAULT_ROOT, State, StateDir};
-use crate::{bundle, config, guest_files, image as images, log, sandbox, state as container};
+use crate::{bundle, config, guest_files, image as images, log, network, sandbox, state as container};
 
 /// As runc says it: the program's own version, then that of the runtime specification.
 const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.3.0");
@@ -117,6 +117,8 @@ pub enum Error {
     Config(#[from] config::Error),
     #[error(transparent)]
     GuestFiles(#[from] guest_files::Error),
+    #[error(transparent)]
+    Network(#[from] network::Error),
     #[error("cannot {0}: {1}")]
     Io(String, #[source] io::Error),
     #[error("{0}")]

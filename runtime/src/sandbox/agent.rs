@@ -10,8 +10,8 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, ExecRequest, HandshakeRequest, HandshakeResponse, Process,
-    ProcessRequest, ResizeRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse, Stdio,
-    UpdateRequest, WaitResponse,
+    ProcessRequest, ResizeRequest, SetNetworkRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest,
+    StatsResponse, Stdio, UpdateRequest, WaitResponse,
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
@@ -77,6 +77,11 @@ impl Agent {
         let share_tag = SHARE_TAG.into();
         let request = SetupSandboxRequest { share_tag, realtime_ns, entropy, ..Default::default() };
         call(self.0.setup_sandbox(context(), &request)).await.map(drop)
+    }
+
+    /// Makes the guest's network what the request says.
+    pub async fn set_network(&self, request: &SetNetworkRequest) -> Result<(), Error> {
+        call(self.0.set_network(context(), request)).await.map(drop)
     }
 
     /// Creates a container.

@@ -14,7 +14,7 @@ mod console;
 pub mod control;
 pub mod launch;
 pub mod pidfd;
-mod poll;
+pub mod poll;
 mod relay;
 mod reservation;
 pub mod share;
@@ -35,6 +35,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use oci_spec::runtime::Hook;
+use stockade_agent_protocol::messages::SetNetworkRequest;
 use stockade_agent_protocol::{RPC_PORT, STDIO_PORT};
 use stockade_vmm::control::{Boot, StopReason};
 use tokio::time::timeout;
@@ -42,6 +43,7 @@ use tokio::time::timeout;
 use crate::bundle::guest::Bind;
 use crate::bundle::{self, Bundle, hooks};
 use crate::guest_files::{self, GuestFiles};
+use crate::network::{self, Network};
 use crate::process::ProcessId;
 use crate::size::{self, VmSize};
 use crate::state;
@@ -84,6 +86,9 @@ pub enum Error {
     /// of the VMM process
     #[error(transparent)]
     Vmm(#[from] vmm::Error),
+    /// of the network
+    #[error(transparent)]
+    Network(#[from] network::Error),
     /// of a hook
     #[error(transparent)]
     Hook(#[from] hooks::Error),
@@ -126,13 +131,14 @@ impl Error {
     }
 }
 
-/// A VMM process that waits for its VM, in the mount namespace that this process has entered for it.
+/// A VMM process that waits for its VM, in the namespaces that this process has entered for it.
 pub struct Spawned {
     vmm: Vmm,
+    network: Network,
     console: Console,
     console_end: OwnedFd,
     timeline: Timeline,
-    outside: Option<OwnedFd>,
+    outside: Vec<OwnedFd>,
 }
 
 /// A VM that boots or runs, and what of the host it sees.
@@ -144,19 +150,23 @@ pub struct Sandbox {
     vmm: Vmm,
     console: Console,
     share: Share,
-    outside: Option<Rc<OwnedFd>>,
+    network: Network,
+    outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
 }
 
 impl Sandbox {
     /// Moves this process, which must have one thread, to a mount namespace of its own and starts the VMM there.
-    /// `hooks` says whether there will be some to run in the namespace that was left.
-    pub fn spawn(hooks: bool, timeline: Timeline) -> Result<Spawned, Error> {
-        let outside = share::enter_namespace(hooks)?;
+    /// `hooks` says whether there will be some to run in the namespaces that were left, for this and for `network`.
+    pub fn spawn(hooks: bool, network: Network, timeline: Timeline) -> Result<Spawned, Error> {
+        let mut outside: Vec<OwnedFd> = share::enter_namespace(hooks)?.into_iter().collect();
+        if hooks {
+            outside.extend(network.outside().map_err(|e| Error::Os("keep the network namespace", e))?);
+        }
         let (console, console_end) = Console::new().map_err(|e| Error::Os("make the console pipe", e))?;
         let vmm = Vmm::spawn(console_end.as_fd())?;
         timeline.mark("vmm_spawned");
-        Ok(Spawned { vmm, console, console_end, timeline, outside })
+        Ok(Spawned { vmm, network, console, console_end, timeline, outside })
     }
 }
 
@@ -174,7 +184,7 @@ impl Spawned {
         files: GuestFiles,
         debug: bool,
     ) -> Result<Sandbox, Error> {
-        let Spawned { vmm, console, console_end, timeline, outside } = self;
+        let Spawned { vmm, network, console, console_end, timeline, outside } = self;
         let share = Share::mount(share)?;
         let boot = Boot {
             vcpus: size.vcpus,
@@ -182,7 +192,7 @@ impl Spawned {
             cmdline: if debug { DEBUG_CMDLINE.into() } else { String::new() },
             kernel_name: files.dir.join(guest_files::KERNEL).display().to_string(),
             initrd_name: files.dir.join(guest_files::INITRD).display().to_string(),
-            network: false,
+            network: network.exists(),
         };
         vmm.boot(boot, files.kernel.as_fd(), files.initrd.as_fd(), share.as_fd(), console_end.as_fd())?;
         let rpc = vmm.connect(RPC_PORT)?;
@@ -193,7 +203,8 @@ impl Spawned {
             vmm,
             console,
             share,
-            outside: outside.map(Rc::new),
+            network,
+            outside: outside.into(),
             first_run_ns: Cell::new(0),
         })
     }
@@ -261,29 +272,82 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Runs hooks outside of this process's mount namespace; `state` is what they read.
+    /// Runs hooks outside of this process's namespaces; `state` is what they read.
     pub async fn run_hooks(&self, kind: &'static str, list: &[Hook], state: Vec<u8>) -> Result<(), Error> {
         if list.is_empty() {
             return Ok(());
         }
-        let (list, outside) = (list.to_vec(), self.outside.clone());
-        let outside = outside.map(|fd| fd.try_clone()).transpose();
-        let outside = outside.map_err(|e| Error::Os("keep the mount namespace", e))?;
-        let run = move || hooks::run(kind, &list, &state, outside.as_ref());
+        let list = list.to_vec();
+        let outside = self.outside.iter().map(|fd| fd.try_clone()).collect::<io::Result<Vec<_>>>();
+        let outside = outside.map_err(|e| Error::Os("keep the namespaces for hooks", e))?;
+        let run = move || hooks::run(kind, &list, &state, &outside);
         match tokio::task::spawn_blocking(run).await {
             Ok(result) => Ok(result?),
             Err(e) => Err(Error::Os("run hooks", io::Error::other(e))),
         }
     }
 
-    /// The mount namespace that this process came from, if it was to be kept.
-    pub fn outside(&self) -> Option<&OwnedFd> {
-        self.outside.as_deref()
+    /// The namespaces that this process came from, if they were to be kept.
+    pub fn outside(&self) -> &[OwnedFd] {
+        &self.outside
+    }
+
+    /// Wires the network as it is now: what is new is attached to the VM. Returns what to tell the agent of it, by
+    /// [`Self::set_network`]. `save` is given what there will be to take back before any of it is made. Answered
+    /// while [`Self::watch`] runs.
+    pub async fn wire_network(
+        &self,
+        save: impl FnOnce(network::Record) -> Result<(), Error>,
+    ) -> Result<Option<SetNetworkRequest>, Error> {
+        let news = self.network.wire(save)?;
+        for (slot, tap) in news.taps {
+            if let Some(device) = self.network.device(slot) {
+                self.vmm.attach_network(slot, device, tap).await?;
+            }
+        }
+        Ok(news.request)
+    }
+
+    /// Has the agent make the guest's network the same as the namespace's.
+    pub async fn set_network(&self, request: Option<SetNetworkRequest>) -> Result<(), Error> {
+        let Some(request) = request else { return Ok(()) };
+        let set = self.agent.set_network(&request).await;
+        self.timeline.mark("network_set");
+        set.map_err(|source| Error::Agent { what: "set up the guest's network", source })
+    }
+
+    /// Takes back what was wired; false if that is left to [`network::clean_up`].
+    pub fn unwire_network(&self) -> bool {
+        let done = self.network.unwire();
+        done.inspect_err(|e| tracing::warn!("{e}")).is_ok()
+    }
+
+    /// Lets the guest's carriers follow the host's.
+    async fn follow_network(&self) -> Error {
+        loop {
+            match self.network.carrier_change().await {
+                Ok((slot, up)) => {
+                    if let Err(e) = self.vmm.set_link(slot, up) {
+                        return e.into();
+                    }
+                }
+                Err(e) => return e.into(),
+            }
+        }
     }
 
     /// Follows the VM to its end and says why it came. Only the first call of this sees the end.
     pub async fn watch(&self) -> Error {
-        let ending = self.vmm.watch(&self.timeline, &self.first_run_ns).await;
+        let ending = self.vmm.watch(&self.timeline, &self.first_run_ns);
+        let beside = async {
+            let error = self.follow_network().await;
+            tracing::warn!("the guest's carriers stay as they are: {error}");
+            std::future::pending().await
+        };
+        let ending = tokio::select! {
+            ending = ending => ending,
+            never = beside => never,
+        };
         self.explain(ending)
     }
 

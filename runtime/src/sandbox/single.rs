@@ -21,6 +21,7 @@ use super::{Error, Sandbox, control};
 use crate::bundle::{Bundle, guest};
 use crate::config::Settings;
 use crate::guest_files::GuestFiles;
+use crate::network::Network;
 use crate::process::ProcessId;
 use crate::size::VmSize;
 use crate::state::{SHARE, State, StateDir, Status};
@@ -82,7 +83,8 @@ pub fn run(
         Place::Own(path) => Some(Membership::enter(path, &bundle.limits(), size)?),
     };
     let signals = Signals::block().map_err(os("block signals"))?;
-    let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), timeline)?;
+    let network = Network::enter(&bundle.spec)?;
+    let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), network, timeline)?;
 
     // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
     let first = first_state(&id, &bundle, size, spawned.vmm_process()?)?;
@@ -170,6 +172,7 @@ fn first_state(id: &str, bundle: &Bundle, size: VmSize, vmm: ProcessId) -> Resul
         resources: bundle.limits(),
         vm: size,
         scratch: None,
+        network: None,
         poststop: bundle.spec.hooks().as_ref().and_then(|h| h.poststop().clone()).unwrap_or_default(),
     })
 }

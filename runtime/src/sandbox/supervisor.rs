@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use oci_spec::runtime::{Hook, Hooks, LinuxResources};
+use stockade_agent_protocol::messages::SetNetworkRequest;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -128,13 +129,16 @@ impl Supervisor {
         }
         *self.poststart.borrow_mut() = hooks.poststart().clone().unwrap_or_default();
 
+        let network = self.wire_network().await?;
         // All of it lies in the stream before the guest is up, and is answered in order.
-        let (set_up, created) = tokio::join!(
+        let (set_up, network_set, created) = tokio::join!(
             biased;
             self.sandbox.set_up(),
+            self.sandbox.set_network(network),
             self.sandbox.agent.create(id, story.spec, story.wanted),
         );
         set_up?;
+        network_set?;
         created.map_err(|source| Error::Agent { what: "create the container", source })?;
         self.sandbox.timeline.mark("container_created");
         if let Some((rows, columns)) = stdio.terminal_size() {
@@ -177,6 +181,16 @@ impl Supervisor {
             tracing::error!("{e}");
         }
         Ok(())
+    }
+
+    /// Wires what is in the network namespace now. What has to be taken back is in the state before it is made.
+    async fn wire_network(&self) -> Result<Option<SetNetworkRequest>, Error> {
+        self.sandbox
+            .wire_network(|record| {
+                self.state.borrow_mut().network = Some(record);
+                Ok(self.dir.save(&self.state.borrow())?)
+            })
+            .await
     }
 
     async fn run_hooks(&self, kind: &'static str, list: &[Hook]) -> Result<(), Error> {
@@ -270,6 +284,9 @@ impl Supervisor {
                 return Err("cannot start an already running container".into());
             }
         }
+        // Interfaces that came since `create` are as good as those that were there.
+        let network = self.wire_network().await.map_err(|e| e.to_string())?;
+        self.sandbox.set_network(network).await.map_err(|e| e.to_string())?;
         self.start().await.map_err(|e| e.to_string())
     }
 
@@ -402,6 +419,9 @@ impl Supervisor {
         error: Option<&Error>,
     ) {
         self.sandbox.kill();
+        if self.sandbox.unwire_network() {
+            self.state.borrow_mut().network = None;
+        }
         self.state.borrow_mut().error = error.map(Error::to_string);
         if reservation.is_kept() {
             if let Err(e) = self.set_status(Status::Stopped) {

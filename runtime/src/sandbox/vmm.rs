@@ -5,6 +5,7 @@
 //! reach it, and it ends with the supervisor. Dropping it kills it and waits until it is gone.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -13,8 +14,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use stockade_vmm::control::{self, Boot, Client, Event, StopReason};
+use stockade_vmm::control::{self, Boot, Client, Event, Interface, StopReason};
 use tokio::io::Interest;
+use tokio::sync::oneshot;
 
 use super::poll::register;
 use super::timeline::Timeline;
@@ -40,6 +42,9 @@ pub enum Error {
     /// a stream cannot be made
     #[error("cannot make a stream to the guest: {0}")]
     Stream(#[source] io::Error),
+    /// an interface is not taken
+    #[error("the VM does not take a network interface: {0}")]
+    Network(String),
 }
 
 /// How a VM ended.
@@ -59,6 +64,8 @@ pub struct Vmm {
     client: Client,
     child: RefCell<Child>,
     next_connect: Cell<u64>,
+    /// Who waits for a network slot.
+    attaching: RefCell<HashMap<u8, oneshot::Sender<Result<(), String>>>>,
 }
 
 impl Vmm {
@@ -76,7 +83,12 @@ impl Vmm {
             .process_group(0)
             .spawn()
             .map_err(Error::Spawn)?;
-        Ok(Vmm { client, child: RefCell::new(child), next_connect: Cell::new(1) })
+        Ok(Vmm {
+            client,
+            child: RefCell::new(child),
+            next_connect: Cell::new(1),
+            attaching: RefCell::default(),
+        })
     }
 
     /// Its identity, for who cleans up later.
@@ -106,6 +118,29 @@ impl Vmm {
         self.next_connect.set(id + 1);
         self.client.connect(id, port, theirs.as_fd()).map_err(|e| self.reason(e))?;
         Ok(ours)
+    }
+
+    /// Makes an interface of an empty network slot. Answered while [`Vmm::watch`] runs.
+    pub async fn attach_network(&self, slot: u8, interface: Interface, tap: OwnedFd) -> Result<(), Error> {
+        let (tell, told) = oneshot::channel();
+        self.attaching.borrow_mut().insert(slot, tell);
+        self.client.attach_network(slot, interface, tap.as_fd()).map_err(|e| self.reason(e))?;
+        drop(tap);
+        match told.await {
+            Ok(result) => result.map_err(Error::Network),
+            Err(_) => Err(Error::Network("it has ended".into())),
+        }
+    }
+
+    /// Sets the carrier of a network interface.
+    pub fn set_link(&self, slot: u8, up: bool) -> Result<(), Error> {
+        self.client.set_link(slot, up).map_err(|e| self.reason(e))
+    }
+
+    fn attached(&self, slot: u8, result: Result<(), String>) {
+        if let Some(waiting) = self.attaching.borrow_mut().remove(&slot) {
+            let _ = waiting.send(result);
+        }
     }
 
     /// A VMM that takes no more requests may have said why.
@@ -152,7 +187,8 @@ impl Vmm {
                     Event::Refused { id, reason } => {
                         tracing::warn!(id, reason, "the guest refused a stream");
                     }
-                    Event::NetworkAttached { .. } | Event::NetworkRefused { .. } => {}
+                    Event::NetworkAttached { slot } => self.attached(slot, Ok(())),
+                    Event::NetworkRefused { slot, reason } => self.attached(slot, Err(reason)),
                     Event::Connected { .. } | Event::Paused | Event::Resumed => {}
                     Event::Stopped(reason) => return Ending::Stopped(reason),
                     Event::Failed { message } => return Ending::Failed(message),

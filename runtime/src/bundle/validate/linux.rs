@@ -15,13 +15,10 @@ pub(super) fn check_linux(spec: &Spec) -> Result<(), Error> {
             return value(&format!("linux.namespaces[{index}].type"), &name, "name each type once");
         }
         seen.push(namespace.typ());
-        if namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
-            let reason = match namespace.typ() {
-                LinuxNamespaceType::Network => {
-                    "stockade has no network yet; remove the path to get one with loopback only"
-                }
-                _ => "a namespace of the host cannot be entered from inside a VM; remove the path",
-            };
+        let named = namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty());
+        // What a network namespace holds is wired to the VM.
+        if named && namespace.typ() != LinuxNamespaceType::Network {
+            let reason = "a namespace of the host cannot be entered from inside a VM; remove the path";
             let name = format!("{:?}", namespace.typ()).to_lowercase();
             return unsupported(&format!("linux.namespaces[{index}].path ({name})"), reason);
         }

@@ -205,7 +205,7 @@ mod tests {
                 "mounts[0].uidMappings",
             ),
             (
-                json!({"linux": {"namespaces": [{"type": "network", "path": "/run/netns/x"}]}}),
+                json!({"linux": {"namespaces": [{"type": "ipc", "path": "/run/ipcns/x"}]}}),
                 "linux.namespaces[0].path",
             ),
             (
