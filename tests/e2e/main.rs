@@ -21,6 +21,7 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod mounts;
+mod network;
 mod process;
 mod stdio;
 mod tty;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         limits::CASES,
         mounts::CASES,
+        network::CASES,
         process::CASES,
         stdio::CASES,
         tty::CASES,

@@ -9,6 +9,8 @@ use nix::mount::{MntFlags, MsFlags};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::Netns;
+
 /// A root file system that set-up has made.
 #[derive(Clone, Copy)]
 pub enum Rootfs {
@@ -161,6 +163,26 @@ impl Bundle {
         .expect("mount an overlay");
         self.place.mounted.store(true, Ordering::Relaxed);
         self.set("/root", json!({ "path": "rootfs", "readonly": false }))
+    }
+
+    /// Has the host's own root file system as its root, read-only and without what is mounted in it, and a /tmp: for
+    /// what takes programs that no other root has.
+    pub fn host_programs(self) -> Self {
+        let root = self.place.dir.path().join("rootfs");
+        std::fs::create_dir(&root).expect("a directory in the bundle");
+        nix::mount::mount(Some("/"), &root, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .expect("bind the host's root");
+        self.place.mounted.store(true, Ordering::Relaxed);
+        self.set("/root", json!({ "path": "rootfs", "readonly": true })).mount("/tmp", "tmpfs", "tmpfs", &[])
+    }
+
+    /// Lives in this network namespace, with the right to use raw sockets.
+    pub fn network(mut self, netns: &Netns) -> Self {
+        let namespaces = self.at("/linux/namespaces").as_array_mut().expect("an array");
+        for namespace in namespaces.iter_mut().filter(|namespace| namespace["type"] == "network") {
+            namespace["path"] = json!(netns.path());
+        }
+        self.capability("CAP_NET_RAW")
     }
 
     /// Where changes to a writable root end up on the host.

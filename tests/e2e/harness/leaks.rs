@@ -21,17 +21,19 @@ impl Traces {
         found.extend(mounts.lines().filter_map(|line| {
             // Fields 1 and 5 of proc_pid_mountinfo(5): mount id and mount point.
             let mut fields = line.split(' ');
-            let id = fields.next()?;
-            Some(format!("mount {} ({id})", fields.nth(3)?))
+            let (id, at) = (fields.next()?, fields.nth(3)?);
+            // Made by `ip netns`, once and for all; the namespaces in it are further mounts.
+            (at != "/run/netns").then(|| format!("mount {at} ({id})"))
         }));
         tree(Path::new("/sys/fs/cgroup"), "cgroup", true, &mut found);
         tree(&Path::new("/run").join(Runtime::under_test().name()), "file", false, &mut found);
         for dir in ["/run", "/tmp", "/dev/shm", "/sys/class/net"] {
             for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
                 let path = entry.path();
-                // The runtime's own directory may stay once it has been made; what is in it may not. The other one
-                // is made by mount(8), which cases use.
-                let stays = [&Path::new("/run").join(Runtime::under_test().name()), Path::new("/run/mount")];
+                // The runtime's own directory may stay once it has been made; what is in it may not. The others are
+                // made by mount(8) and ip-netns(8), which cases use.
+                let own = Path::new("/run").join(Runtime::under_test().name());
+                let stays = [&own, Path::new("/run/mount"), Path::new("/run/netns")];
                 if !stays.contains(&path.as_path()) {
                     found.insert(format!("file {}", path.display()));
                 }

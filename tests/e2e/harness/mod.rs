@@ -8,6 +8,7 @@
 mod bundle;
 mod cases;
 mod leaks;
+mod network;
 mod parts;
 mod program;
 mod runtime;
@@ -17,6 +18,7 @@ mod terminal;
 pub use bundle::{Bundle, Rootfs, host_scratch};
 pub use cases::{Case, into_trials, leave_nothing};
 pub use leaks::Traces;
+pub use network::{Cni, Netns, tool, unique};
 pub use parts::run_in_labs;
 pub use program::{Ended, Exit, Program, Stdin, wait_gone};
 pub use runtime::{Container, Id, Runtime};
