@@ -99,6 +99,7 @@ pub fn runtime_threads() -> Vec<String> {
                 comm.trim(),
                 call.join(" ")
             ));
+            lines.extend(file("stack").lines().map(|function| format!("        {function}")));
         }
     }
     lines

@@ -12,6 +12,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::stream::{Hung, Stream};
 use super::{HANG, leaks};
 
+/// How long a killed process may take to end.
+const UNKILLABLE: Duration = Duration::from_secs(30);
+
 /// What a program reads.
 pub enum Stdin {
     /// End of file at once.
@@ -219,10 +222,7 @@ impl Program {
             return exit;
         }
         if !pidfd_wait(&pidfd(self.pid()), HANG) {
-            let report = self.report();
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-            panic!("hung\n{report}");
+            panic!("hung\n{}", self.report());
         }
         let exit = Exit::from(self.child.wait().expect("wait for a child of our own"));
         self.exit = Some(exit);
@@ -262,7 +262,12 @@ impl Drop for Program {
     fn drop(&mut self) {
         if self.exit.is_none() {
             let _ = self.child.kill();
-            let _ = self.child.wait();
+            // One that even this does not end is stuck in the kernel: it must not keep the suite.
+            if pidfd_wait(&pidfd(self.pid()), UNKILLABLE) {
+                let _ = self.child.wait();
+            } else {
+                println!("killed, but does not end\n{}", self.report());
+            }
         }
     }
 }
