@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{Bundle, Case, Container, Ended, Exit, Runtime, Stdin, Traces, case, host_scratch};
+use crate::harness::{
+    Bundle, Case, Container, Ended, Exit, Runtime, Stdin, Traces, case, host_scratch, vmm_of,
+};
 
 const VM: &str = "the processes and the kernel of the VM";
 
@@ -41,21 +43,6 @@ impl Random {
         self.0 ^= self.0 >> 27;
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11) as f64 / (1_u64 << 53) as f64
     }
-}
-
-/// The VMM among the children of a supervisor.
-fn vmm_of(supervisor: i32) -> Option<i32> {
-    let tasks = fs::read_dir(format!("/proc/{supervisor}/task")).ok()?;
-    let children: Vec<i32> = tasks
-        .flatten()
-        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
-        .flat_map(|pids| pids.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
-        .collect();
-    children.into_iter().find(|pid| {
-        // Between fork and exec a child still has its parent's command line.
-        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        words.split(|byte| *byte == 0).nth(1) == Some(b"vmm")
-    })
 }
 
 /// Makes PID 1 of the guest die: a workload with the VM's own pid namespace and the right to trace overwrites

@@ -25,6 +25,7 @@ mod network;
 mod process;
 mod stdio;
 mod tty;
+mod wall;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         process::CASES,
         stdio::CASES,
         tty::CASES,
+        wall::CASES,
     ]
     .concat();
     let before = harness::Traces::now();

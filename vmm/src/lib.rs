@@ -7,6 +7,7 @@ pub mod control;
 pub mod host;
 mod io_apic;
 pub mod io_loop;
+mod jail;
 mod kernel;
 mod machine;
 pub mod memory;
@@ -19,3 +20,4 @@ pub mod virtio;
 
 pub use machine::{GUEST_CID, MAX_VCPUS, SHARE_TAG};
 pub use process::run;
+pub use virtio::fs::DESCRIPTORS;

@@ -21,6 +21,7 @@ use crate::control::Boot;
 use crate::host;
 use crate::io_apic::IoApic;
 use crate::io_loop::IoHandle;
+use crate::jail;
 use crate::kernel;
 use crate::memory::{self, GuestMemory};
 use crate::serial::Console;
@@ -65,6 +66,9 @@ pub enum Error {
     /// too few or too many vCPUs
     #[error("a VM cannot have {0} vCPUs: it must be 1 to {MAX_VCPUS}")]
     Vcpus(u8),
+    /// the jail
+    #[error(transparent)]
+    Jail(#[from] jail::Error),
     /// guest memory
     #[error(transparent)]
     Memory(#[from] memory::Error),
@@ -118,7 +122,6 @@ fn write(what: &'static str) -> impl Fn(GuestMemoryError) -> Error {
 pub struct Files {
     pub kernel: OwnedFd,
     pub initrd: OwnedFd,
-    pub share: OwnedFd,
     pub console: OwnedFd,
 }
 
@@ -178,11 +181,10 @@ impl Shell {
 
         let (vsock, dialer) = vsock::new(GUEST_CID, io.clone(), replies)
             .map_err(|source| Error::Device { name: "vsock", source })?;
-        let mut devices = vec![
-            (Slot::VSOCK, vsock),
-            (Slot::FS, fs::new(SHARE_TAG, files.share)),
-            (Slot::RNG, rng::new(io.clone())),
-        ];
+        let fs = fs::new(SHARE_TAG, jail::SHARE).map_err(|source| Error::Device { name: "fs", source })?;
+        // Its thread has them; whatever is started from here on is to have none.
+        jail::drop_capabilities()?;
+        let mut devices = vec![(Slot::VSOCK, vsock), (Slot::FS, fs), (Slot::RNG, rng::new(io.clone()))];
         let mut plugs = Vec::new();
         for (index, slot) in Slot::NET.into_iter().enumerate().filter(|_| boot.network) {
             let (device, plug) = net::new(format!("net{index}"));

@@ -14,6 +14,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::control::{self, Event, Received, Server, StopReason, Timeline};
 use crate::io_loop::{Control, EventSet, IoLoop, IoLoopError, Worker};
+use crate::jail;
 use crate::machine::{self, Files, Shell};
 use crate::vcpu::Handle;
 use crate::virtio::net::{Interface, Plug};
@@ -28,6 +29,8 @@ enum Error {
     )]
     NotBoot,
     #[error(transparent)]
+    Jail(#[from] jail::Error),
+    #[error(transparent)]
     Machine(#[from] machine::Error),
     #[error(transparent)]
     IoLoop(#[from] IoLoopError),
@@ -39,6 +42,7 @@ enum Error {
 /// The calling thread's parent must outlive it: the process is killed when the thread that spawned it ends.
 pub fn run(control: OwnedFd) -> ExitCode {
     let entered_ns = now();
+    let _ = rustix::thread::set_name(c"stockade-vmm");
     // Both fail only for arguments that do not exist. A console without a reader must not kill the VM.
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     // SAFETY: ignoring a signal runs no handler.
@@ -63,7 +67,8 @@ fn serve(outbox: &Arc<Outbox>, entered_ns: u64) -> Result<(), Error> {
     let mut timeline = Timeline { entered_ns, vm_created_ns: now(), ..Timeline::default() };
     let (boot, files) = match outbox.server.recv(true)? {
         Poll::Ready(Some(Received::Boot { boot, kernel, initrd, share, console })) => {
-            (boot, Files { kernel, initrd, share, console })
+            jail::enter(share)?;
+            (boot, Files { kernel, initrd, console })
         }
         Poll::Ready(Some(_)) => return Err(Error::NotBoot),
         Poll::Ready(None) | Poll::Pending => return Ok(()),

@@ -20,6 +20,7 @@ mod reservation;
 pub mod share;
 pub mod signals;
 pub mod single;
+mod spawn;
 mod stats;
 mod stdio;
 mod supervisor;
@@ -30,7 +31,6 @@ mod vmm;
 use std::cell::Cell;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -40,8 +40,7 @@ use stockade_agent_protocol::{RPC_PORT, STDIO_PORT};
 use stockade_vmm::control::{Boot, StopReason};
 use tokio::time::timeout;
 
-use crate::bundle::guest::Bind;
-use crate::bundle::{self, Bundle, hooks};
+use crate::bundle::{self, hooks};
 use crate::guest_files::{self, GuestFiles};
 use crate::network::{self, Network};
 use crate::process::ProcessId;
@@ -49,7 +48,7 @@ use crate::size::{self, VmSize};
 use crate::state;
 use agent::Agent;
 use console::Console;
-use share::Share;
+pub use share::Share;
 use timeline::Timeline;
 use vmm::{Ending, Vmm};
 
@@ -176,16 +175,10 @@ impl Spawned {
         Ok(self.vmm.process()?)
     }
 
-    /// Lets the VM boot, with an empty share that is mounted at `share`. Needs a runtime around it.
-    pub fn boot(
-        self,
-        share: PathBuf,
-        size: VmSize,
-        files: GuestFiles,
-        debug: bool,
-    ) -> Result<Sandbox, Error> {
+    /// Lets the VM boot with a share and what is in it so far. Needs a runtime around it.
+    pub fn boot(self, share: Share, size: VmSize, files: GuestFiles, debug: bool) -> Result<Sandbox, Error> {
         let Spawned { vmm, network, console, console_end, timeline, outside } = self;
-        let share = Share::mount(share)?;
+        let tree = share.tree()?;
         let boot = Boot {
             vcpus: size.vcpus,
             memory_bytes: size.memory,
@@ -194,7 +187,7 @@ impl Spawned {
             initrd_name: files.dir.join(guest_files::INITRD).display().to_string(),
             network: network.exists(),
         };
-        vmm.boot(boot, files.kernel.as_fd(), files.initrd.as_fd(), share.as_fd(), console_end.as_fd())?;
+        vmm.boot(boot, files.kernel.as_fd(), files.initrd.as_fd(), tree.as_fd(), console_end.as_fd())?;
         let rpc = vmm.connect(RPC_PORT)?;
         let agent = Agent::new(rpc).map_err(|source| Error::Agent { what: "reach the agent", source })?;
         Ok(Sandbox {
@@ -211,15 +204,6 @@ impl Spawned {
 }
 
 impl Sandbox {
-    /// Puts the files of a container into the share.
-    pub fn share(&self, bundle: &Bundle, binds: &[Bind]) -> Result<(), Error> {
-        if bundle.readonly_root() {
-            share::make_mount_points(&bundle.rootfs, &mount_points(bundle))?;
-        }
-        share::make_working_directory(bundle)?;
-        Ok(binds.iter().try_for_each(|bind| self.share.bind(bind))?)
-    }
-
     /// Streams of one process to the guest, their headers in them already. An empty `exec_id` is the container's
     /// init.
     pub fn connect_streams(
@@ -406,16 +390,6 @@ impl Sandbox {
         console.drain(..console.len().saturating_sub(CONSOLE_LINES));
         Error::VmEnded { what, console }
     }
-}
-
-/// Mount points of a bundle, and whether each is a directory.
-fn mount_points(bundle: &Bundle) -> Vec<(PathBuf, bool)> {
-    let mounts = bundle.spec.mounts().iter().flatten();
-    let is_dir = |mount: &oci_spec::runtime::Mount| {
-        !bundle::is_bind(mount)
-            || mount.source().as_ref().is_none_or(|source| bundle.path.join(source).is_dir())
-    };
-    mounts.map(|mount| (mount.destination().clone(), is_dir(mount))).collect()
 }
 
 fn entropy() -> io::Result<Vec<u8>> {

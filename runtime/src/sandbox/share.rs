@@ -1,13 +1,15 @@
 //! The share directory: everything of the host that a guest can see.
 //!
 //! The supervisor lives in a mount namespace of its own, which gets the host's later mounts (slave propagation) and
-//! gives none back. In it the share is a small tmpfs on the container's state directory, and container roots and
-//! volumes are bind mounts in that tmpfs. So nothing of it exists for the rest of the host, and the kernel removes
-//! all of it when supervisor and VMM are gone, however they ended.
+//! gives none back; the VMM gets a copy of the share in the same way ([`Share::tree`]). In it the share is a small tmpfs
+//! on the container's state directory, and container roots and volumes are bind mounts in that tmpfs. So nothing of it
+//! exists for the rest of the host, and the kernel removes all of it when supervisor and VMM are gone, however they
+//! ended.
 
+use std::ffi::{CStr, CString};
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -17,8 +19,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, mkdirat};
 
-use crate::bundle::Bundle;
+use rustix::mount::{OpenTreeFlags, open_tree};
+
 use crate::bundle::guest::{Bind, ReadOnly};
+use crate::bundle::{self, Bundle};
 
 /// Mount points only: a guest that fills it hurts nobody but itself.
 const TMPFS_OPTIONS: &str = "mode=755,size=1m,nr_inodes=65536";
@@ -58,7 +62,6 @@ pub fn enter_namespace(keep: bool) -> Result<Option<OwnedFd>, Error> {
 #[derive(Debug)]
 pub struct Share {
     path: PathBuf,
-    dir: File,
 }
 
 impl Share {
@@ -69,8 +72,37 @@ impl Share {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(Some("stockade"), &path, Some("tmpfs"), flags, Some(TMPFS_OPTIONS))
             .map_err(|e| failed(e.into()))?;
-        let dir = File::open(&path).map_err(failed)?;
-        Ok(Share { path, dir })
+        mount(None::<&str>, &path, None::<&str>, MsFlags::MS_SHARED, None::<&str>)
+            .map_err(|e| failed(e.into()))?;
+        Ok(Share { path })
+    }
+
+    /// Puts the files of a container into the share.
+    pub fn add(&self, bundle: &Bundle, binds: &[Bind]) -> Result<(), Error> {
+        if bundle.readonly_root() {
+            make_mount_points(&bundle.rootfs, &mount_points(bundle))?;
+        }
+        make_working_directory(bundle)?;
+        binds.iter().try_for_each(|bind| self.bind(bind))
+    }
+
+    /// A mount of the share as it is now, attached nowhere: for the VMM's jail. Once that has attached it, it gets what
+    /// is mounted in the share later, and gives nothing back.
+    pub fn tree(&self) -> Result<OwnedFd, Error> {
+        let failed = |e: io::Error| Error::Share(self.path.clone(), e);
+        // AT_RECURSIVE, which rustix has as a flag of openat2's relatives only.
+        let recursive = OpenTreeFlags::from_bits_retain(libc::AT_RECURSIVE as u32);
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | recursive;
+        let tree = open_tree(rustix::fs::CWD, &self.path, flags).map_err(|e| failed(e.into()))?;
+        let slave = libc::mount_attr {
+            attr_set: 0,
+            attr_clr: 0,
+            propagation: MsFlags::MS_SLAVE.bits(),
+            userns_fd: 0,
+        };
+        set_attributes(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH | libc::AT_RECURSIVE, &slave)
+            .map_err(failed)?;
+        Ok(tree)
     }
 
     /// Puts a directory or file of the host into the share.
@@ -85,11 +117,7 @@ impl Share {
             let flags = MsFlags::MS_PRIVATE | recursive;
             mount(None::<&str>, &target, None::<&str>, flags, None::<&str>).map_err(|e| failed(e.into()))?;
         }
-        match bind.readonly {
-            ReadOnly::No => Ok(()),
-            ReadOnly::Top => set_readonly(&target, false).map_err(failed),
-            ReadOnly::All => set_readonly(&target, true).map_err(failed),
-        }
+        restrict(&target, bind.readonly, bind.recursive).map_err(failed)
     }
 
     /// Takes it away with all that is in it. Detached, because the VMM may still have files open in it.
@@ -110,36 +138,56 @@ impl Share {
     }
 }
 
-impl AsFd for Share {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.dir.as_fd()
-    }
-}
-
 impl Drop for Share {
     fn drop(&mut self) {
         self.unmount();
     }
 }
 
-/// Adds read-only to what a mount has already (a remount would clear its other flags).
-fn set_readonly(target: &Path, recursive: bool) -> io::Result<()> {
-    let path = std::ffi::CString::new(target.as_os_str().as_encoded_bytes())?;
-    let attributes =
-        libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+/// Adds to the attributes of a bind mount (a remount would clear its other flags). Always that it serves for data
+/// only: what a VMM that has been taken over reaches through it, it can neither execute nor use as a device.
+fn restrict(target: &Path, readonly: ReadOnly, recursive: bool) -> io::Result<()> {
+    let path = CString::new(target.as_os_str().as_encoded_bytes())?;
+    let attributes = |attr_set| libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let data = attributes(libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC);
+    let all = if recursive { libc::AT_RECURSIVE } else { 0 };
+    if readonly == ReadOnly::Top {
+        let readonly = attributes(libc::MOUNT_ATTR_RDONLY);
+        set_attributes(libc::AT_FDCWD, &path, 0, &readonly)?;
+    }
+    match readonly {
+        ReadOnly::All => {
+            let attributes = attributes(data.attr_set | libc::MOUNT_ATTR_RDONLY);
+            set_attributes(libc::AT_FDCWD, &path, libc::AT_RECURSIVE, &attributes)
+        }
+        _ => set_attributes(libc::AT_FDCWD, &path, all, &data),
+    }
+}
+
+/// mount_setattr(2).
+fn set_attributes(dir: RawFd, path: &CStr, flags: i32, attributes: &libc::mount_attr) -> io::Result<()> {
     // SAFETY: mount_setattr(2) reads the path and the struct of the size given, both of which live until it returns.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
+            dir,
             path.as_ptr(),
             flags,
-            &raw const attributes,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Mount points of a bundle, and whether each is a directory.
+fn mount_points(bundle: &Bundle) -> Vec<(PathBuf, bool)> {
+    let mounts = bundle.spec.mounts().iter().flatten();
+    let is_dir = |mount: &oci_spec::runtime::Mount| {
+        !bundle::is_bind(mount)
+            || mount.source().as_ref().is_none_or(|source| bundle.path.join(source).is_dir())
+    };
+    mounts.map(|mount| (mount.destination().clone(), is_dir(mount))).collect()
 }
 
 /// Makes the mount points that a read-only root lacks, as other runtimes do before they make it read-only. The guest

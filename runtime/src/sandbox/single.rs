@@ -17,7 +17,7 @@ use super::signals::Signals;
 use super::stdio::{self, HostStdio};
 use super::supervisor::{Story, Supervisor};
 use super::timeline::Timeline;
-use super::{Error, Sandbox, control};
+use super::{Error, Sandbox, Share, control};
 use crate::bundle::{Bundle, guest};
 use crate::config::Settings;
 use crate::guest_files::GuestFiles;
@@ -97,9 +97,10 @@ pub fn run(
         .build()
         .map_err(os("set up the event loop"))?;
     let inside = runtime.enter();
-    let sandbox = spawned.boot(reservation.dir().path().join(SHARE), size, files, launch.debug)?;
+    let share = Share::mount(reservation.dir().path().join(SHARE))?;
+    share.add(&bundle, &adapted.binds)?;
+    let sandbox = spawned.boot(share, size, files, launch.debug)?;
 
-    sandbox.share(&bundle, &adapted.binds)?;
     let mut stdio = open_stdio(&bundle, launch.console_socket.as_deref())?;
     if !matches!(mode, Mode::Run { .. }) {
         // Whoever reads the workload's output sees its end when the workload closes it.

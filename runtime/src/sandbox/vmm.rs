@@ -1,15 +1,16 @@
 //! The VMM process, as its supervisor sees it.
 //!
 //! It is this binary again, in its `vmm` role, and gets nothing but descriptors: its control socket as standard
-//! input, the console as standard error. It is in a process group of its own, so that a terminal's signals do not
-//! reach it, and it ends with the supervisor. Dropping it kills it and waits until it is gone.
+//! input, the console as standard error. It is in a process group and in namespaces of its own ([`spawn`]), so that
+//! a terminal's signals do not reach it, and it ends with the supervisor. Dropping it kills it and waits until it is
+//! gone.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use tokio::io::Interest;
 use tokio::sync::oneshot;
 
 use super::poll::register;
+use super::spawn::{self, Child};
 use super::timeline::Timeline;
 use crate::process::ProcessId;
 
@@ -31,7 +33,7 @@ const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// it cannot be started
-    #[error("cannot start the VMM process: {0}")]
+    #[error("cannot start the VMM process in namespaces of its own: {0}; see `stockade check`")]
     Spawn(#[source] io::Error),
     /// it cannot be talked to
     #[error(transparent)]
@@ -73,16 +75,8 @@ impl Vmm {
     pub fn spawn(console: BorrowedFd) -> Result<Self, Error> {
         let (client, theirs) = Client::pair().map_err(Error::Spawn)?;
         let console = console.try_clone_to_owned().map_err(Error::Spawn)?;
-        let child = Command::new("/proc/self/exe")
-            .arg0("stockade")
-            .args(["vmm", "--control-fd", "0"])
-            .env_clear()
-            .stdin(theirs)
-            .stdout(Stdio::null())
-            .stderr(console)
-            .process_group(0)
-            .spawn()
-            .map_err(Error::Spawn)?;
+        let arguments = [c"stockade", c"vmm", c"--control-fd", c"0"];
+        let child = spawn::spawn(&arguments, theirs, console).map_err(Error::Spawn)?;
         Ok(Vmm {
             client,
             child: RefCell::new(child),
@@ -93,7 +87,7 @@ impl Vmm {
 
     /// Its identity, for who cleans up later.
     pub fn process(&self) -> Result<ProcessId, Error> {
-        ProcessId::of(self.child.borrow().id() as i32).map_err(Error::Spawn)
+        ProcessId::of(self.child.borrow().id()).map_err(Error::Spawn)
     }
 
     /// Lets it build and boot the VM.
@@ -220,8 +214,7 @@ impl Vmm {
 
     /// Ends it at once; what the guest has not written back is lost.
     pub fn kill(&self) {
-        // An error means that it has been waited for.
-        let _ = self.child.borrow_mut().kill();
+        self.child.borrow().kill();
     }
 
     /// Waits until the process is gone with all that it holds.

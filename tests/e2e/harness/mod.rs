@@ -21,7 +21,7 @@ pub use leaks::Traces;
 pub use network::{Cni, Netns, tool, unique};
 pub use parts::run_in_labs;
 pub use program::{Ended, Exit, Program, Stdin, wait_gone};
-pub use runtime::{Container, Id, Runtime};
+pub use runtime::{Container, Id, Runtime, vmm_of};
 pub use terminal::{ConsoleSocket, Pty};
 
 use std::time::Duration;

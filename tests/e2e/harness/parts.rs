@@ -36,7 +36,7 @@ const PARTS: [&[&str]; 16] = [
     &["commands::"],
     &["cgroup::"],
     &["process::"],
-    &["bad_input::", "check::", "isolation::", "tty::"],
+    &["bad_input::", "check::", "isolation::", "tty::", "wall::"],
     &["limits::"],
     &["exec::"],
 ];

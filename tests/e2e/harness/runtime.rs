@@ -1,6 +1,7 @@
 //! The runtime under test, called as its users call it: as a program with the OCI command line.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -265,4 +266,19 @@ impl Drop for Container {
             let _ = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).status();
         }
     }
+}
+
+/// The VMM among the children of a supervisor.
+pub fn vmm_of(supervisor: i32) -> Option<i32> {
+    let tasks = fs::read_dir(format!("/proc/{supervisor}/task")).ok()?;
+    let children: Vec<i32> = tasks
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|pids| pids.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect();
+    children.into_iter().find(|pid| {
+        // Between fork and exec a child still has its parent's command line.
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        words.split(|byte| *byte == 0).nth(1) == Some(b"vmm")
+    })
 }

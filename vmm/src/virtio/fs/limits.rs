@@ -7,8 +7,9 @@
 
 use crate::virtio::vsock::MAX_STREAMS;
 
-/// Descriptors that the process asks to be allowed: the default of `fs.nr_open` in Linux.
-const WANTED: u64 = 1 << 20;
+/// Descriptors that the process asks to be allowed: the default of `fs.nr_open` in Linux. In a jail it may not raise
+/// its hard limit: who starts it does.
+pub const WANTED: u64 = 1 << 20;
 
 /// Descriptors that are not the guest's files: the streams, once as socket and once on their way in, and
 /// some hundred for KVM, events and files.

@@ -11,9 +11,10 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
 
 use limits::Limits;
+pub use limits::WANTED as DESCRIPTORS;
 
 use super::{ActivateError, Activation, ConfigSpace, Device, F_EVENT_IDX, F_INDIRECT_DESC, Running};
 
@@ -27,19 +28,20 @@ const QUEUE_SIZES: [u16; 2] = [128, 512];
 const TAG_SIZE: usize = 36;
 
 /// A file system device that the guest mounts by `tag` (36 bytes of UTF-8 at most, the rest is cut off) and
-/// that serves the directory `share`. Raises the process' limit of open files (see [`limits`]).
-pub fn new(tag: &str, share: OwnedFd) -> Box<dyn Device> {
+/// that serves the directory `share`, a path in the jail. Raises the process' limit of open files (see [`limits`]),
+/// and starts the thread that will serve, with the capabilities that this one has.
+pub fn new(tag: &str, share: &str) -> io::Result<Box<dyn Device>> {
     let mut config = vec![0; TAG_SIZE];
     let n = tag.len().min(TAG_SIZE);
     config[..n].copy_from_slice(&tag.as_bytes()[..n]);
     // num_request_queues
     config.extend(1u32.to_le_bytes());
-    Box::new(Fs { share, limits: Limits::of_process(), config: ConfigSpace::new(config) })
+    let thread = worker::FsThread::start(share.into(), Limits::of_process())?;
+    Ok(Box::new(Fs { thread, config: ConfigSpace::new(config) }))
 }
 
 struct Fs {
-    share: OwnedFd,
-    limits: Limits,
+    thread: worker::FsThread,
     config: ConfigSpace,
 }
 
@@ -62,10 +64,6 @@ impl Device for Fs {
     }
 
     fn activate(&self, activation: Activation) -> Result<Box<dyn Running>, ActivateError> {
-        // A directory reached through its descriptor, so that no path of the host is ever opened.
-        let root = format!("/proc/self/fd/{}/.", self.share.as_raw_fd());
-        let share = share::Share::new(root, self.limits)
-            .map_err(|error| ActivateError::Host { what: "open the share directory", error })?;
-        Ok(Box::new(worker::start(share, activation)?))
+        self.thread.serve(activation)
     }
 }

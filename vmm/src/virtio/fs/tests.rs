@@ -1,6 +1,5 @@
 //! Requests are made by hand, as a guest's kernel would or would not.
 
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -65,8 +64,8 @@ impl Mount {
         let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("stockade-fs-test-{}-{n}", std::process::id()));
         std::fs::create_dir_all(dir.join("share")).unwrap();
-        let fd = OwnedFd::from(std::fs::File::open(dir.join("share")).unwrap());
-        let mut mount = Self { dir, driver: TestDriver::new(new("share", fd)), unique: 0 };
+        let device = new("share", dir.join("share").to_str().unwrap()).unwrap();
+        let mut mount = Self { dir, driver: TestDriver::new(device), unique: 0 };
         mount.driver.start();
         mount
     }

@@ -1,12 +1,14 @@
 //! The thread that serves FUSE requests.
 //!
 //! One thread, because requests of one container start come one after another; it sleeps in epoll on both
-//! queue events and a stop event. Stopping waits for the request at hand, which owns its host buffers and
-//! writes to guest memory; only then is the device gone.
+//! queue events and a stop event. It is there before the VM runs, for it alone keeps the capabilities that serving
+//! files needs, and a thread that a vCPU starts would have none; each activation of the device is a [`Job`] for it.
+//! Stopping waits for the request at hand, which owns its host buffers and writes to guest memory; only then is
+//! the device gone.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::server::{MetricsHook, Server};
@@ -14,6 +16,7 @@ use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::limits::Limits;
 use super::share::Share;
 use crate::memory::GuestMemory;
 use crate::virtio::chain::Chain;
@@ -24,47 +27,73 @@ use crate::virtio::{ActivateError, Activation, Running};
 /// Stands for the stop event where queues are told apart by their index.
 const STOP: u64 = u64::MAX;
 
-/// A running file system device. Dropping it ends the thread.
+/// The thread, idle between activations. It ends with the last of these.
 pub struct FsThread {
-    stop: EventFd,
-    thread: Option<JoinHandle<()>>,
+    jobs: Sender<Job>,
 }
 
-impl Running for FsThread {}
+/// An activation of the device.
+struct Job {
+    activation: Activation,
+    stop: EventFd,
+    /// Told whether the activation has succeeded.
+    begun: Sender<Result<(), ActivateError>>,
+    /// Dropped when nothing of it is left.
+    _gone: Sender<()>,
+}
 
-impl Drop for FsThread {
+/// A running file system device. Dropping it waits until the thread is idle again.
+struct Serving {
+    stop: EventFd,
+    gone: Receiver<()>,
+}
+
+impl Running for Serving {}
+
+impl Drop for Serving {
     fn drop(&mut self) {
         if let Err(error) = self.stop.write(1) {
             tracing::error!(%error, "cannot stop the fs thread");
             return;
         }
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        // Never sent to: it ends with the sender.
+        let _ = self.gone.recv();
     }
 }
 
-/// Starts to serve `share` on the queues of `activation`.
-pub fn start(share: Share, activation: Activation) -> Result<FsThread, ActivateError> {
-    let host = |what| move |error| ActivateError::Host { what, error };
-    let Activation { queues, memory, interrupt, .. } = activation;
-    let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an event descriptor"))?;
-    let epoll = Epoll::new().map_err(host("make an epoll descriptor"))?;
-    let wait = |event: &EventFd, events, data| {
-        epoll
-            .ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(events, data))
-            .map_err(host("wait for a queue event"))
-    };
-    wait(&stop, EventSet::IN, STOP)?;
-    for (index, queue) in queues.iter().enumerate() {
-        wait(queue.event(), KICK, index as u64)?;
+impl FsThread {
+    /// Starts the thread, which will serve the directory `root`.
+    pub fn start(root: String, limits: Limits) -> std::io::Result<Self> {
+        let (jobs, queue) = channel::<Job>();
+        std::thread::Builder::new().name("fs".into()).spawn(move || {
+            super::share::keep_capabilities();
+            while let Ok(job) = queue.recv() {
+                let Job { activation, stop, begun, _gone } = job;
+                match FsServer::new(&root, limits, activation, &stop) {
+                    Ok((server, epoll)) => {
+                        // Fails when who has asked is gone; then the stop is on its way.
+                        let _ = begun.send(Ok(()));
+                        server.run(epoll);
+                    }
+                    Err(error) => drop(begun.send(Err(error))),
+                }
+            }
+        })?;
+        Ok(Self { jobs })
     }
-    let server = FsServer { server: Server::new(share), queues, memory, interrupt };
-    let thread = std::thread::Builder::new()
-        .name("fs".into())
-        .spawn(move || server.run(epoll))
-        .map_err(host("start the fs thread"))?;
-    Ok(FsThread { stop, thread: Some(thread) })
+
+    /// Has the thread serve the queues of `activation`.
+    pub fn serve(&self, activation: Activation) -> Result<Box<dyn Running>, ActivateError> {
+        let host = |what| move |error| ActivateError::Host { what, error };
+        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an event descriptor"))?;
+        let (begun, answer) = channel();
+        let (_gone, gone) = channel();
+        let theirs = stop.try_clone().map_err(host("make an event descriptor"))?;
+        let lost = || host("use the fs thread")(std::io::ErrorKind::BrokenPipe.into());
+        self.jobs.send(Job { activation, stop: theirs, begun, _gone }).map_err(|_| lost())?;
+        answer.recv().map_err(|_| lost())??;
+        Ok(Box::new(Serving { stop, gone }))
+    }
 }
 
 struct FsServer {
@@ -75,8 +104,29 @@ struct FsServer {
 }
 
 impl FsServer {
+    fn new(
+        root: &str,
+        limits: Limits,
+        activation: Activation,
+        stop: &EventFd,
+    ) -> Result<(Self, Epoll), ActivateError> {
+        let host = |what| move |error| ActivateError::Host { what, error };
+        let share = Share::new(root.to_owned(), limits).map_err(host("open the share directory"))?;
+        let Activation { queues, memory, interrupt, .. } = activation;
+        let epoll = Epoll::new().map_err(host("make an epoll descriptor"))?;
+        let wait = |event: &EventFd, events, data| {
+            epoll
+                .ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(events, data))
+                .map_err(host("wait for a queue event"))
+        };
+        wait(stop, EventSet::IN, STOP)?;
+        for (index, queue) in queues.iter().enumerate() {
+            wait(queue.event(), KICK, index as u64)?;
+        }
+        Ok((FsServer { server: Server::new(share), queues, memory, interrupt }, epoll))
+    }
+
     fn run(mut self, epoll: Epoll) {
-        super::share::keep_capabilities();
         let mut ready = [EpollEvent::default(); 3];
         loop {
             let n = match epoll.wait(-1, &mut ready) {

@@ -1,0 +1,186 @@
+//! Starting the VMM process in namespaces of its own.
+//!
+//! All of them are made with the process, because two can only be entered that way: it is process 1 of its pid
+//! namespace, and it runs in a user namespace from its first instruction, so that none of its capabilities has ever
+//! counted on the host. User and group ids are mapped to themselves, because the file server acts on files of any
+//! owner. `stockade_vmm`'s jail closes the rest from inside.
+
+use std::ffi::CStr;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, pipe2};
+
+/// What the process has of its own. A mount namespace too: it leaves the host's root behind in there.
+const NAMESPACES: libc::c_int = libc::CLONE_NEWUSER
+    | libc::CLONE_NEWNS
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS;
+
+/// A child that is known by its number until it has been waited for.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    status: Option<ExitStatus>,
+}
+
+impl Child {
+    /// Its process id in this process's namespace.
+    pub fn id(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    /// Kills it, unless it has been waited for.
+    pub fn kill(&self) {
+        if self.status.is_none() {
+            // The number is its own until it is waited for.
+            let _ = kill(self.pid, Signal::SIGKILL);
+        }
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        if let Some(status) = self.status {
+            return Ok(status);
+        }
+        let mut raw = 0;
+        loop {
+            // SAFETY: waitpid(2) writes an int, which lives until it returns.
+            let result = unsafe { libc::waitpid(self.pid.as_raw(), &mut raw, 0) };
+            if result == self.pid.as_raw() {
+                return Ok(*self.status.insert(ExitStatus::from_raw(raw)));
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// Starts this binary again with `arguments` and an empty environment, `stdin` and `stderr` as its streams, in a
+/// process group and in namespaces of its own.
+pub fn spawn(arguments: &[&CStr], stdin: OwnedFd, stderr: OwnedFd) -> io::Result<Child> {
+    let (gate_end, gate) = pipe2(OFlag::O_CLOEXEC)?;
+    let (failure, failure_end) = pipe2(OFlag::O_CLOEXEC)?;
+    let stdout = File::options().write(true).open("/dev/null")?;
+    let mut argv: Vec<_> = arguments.iter().map(|word| word.as_ptr()).collect();
+    argv.push(std::ptr::null());
+    let program = Program {
+        argv: argv.as_ptr(),
+        streams: [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()],
+        gate: gate_end.as_raw_fd(),
+        gate_writer: gate.as_raw_fd(),
+        failure: failure_end.as_raw_fd(),
+    };
+    let mut child = match clone_into_namespaces()? {
+        // SAFETY: this is the child, and all that `program` points to was copied with it.
+        None => unsafe { program.run() },
+        Some(pid) => Child { pid, status: None },
+    };
+    drop((gate_end, failure_end, stdin, stdout, stderr));
+    let started = prepare(&child, gate).and_then(|()| {
+        let mut errno = [0; 4];
+        match File::from(failure).read_exact(&mut errno) {
+            Ok(()) => Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno))),
+            // Closed by execve.
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+            Err(e) => Err(e),
+        }
+    });
+    match started {
+        Ok(()) => Ok(child),
+        Err(error) => {
+            child.kill();
+            let _ = child.wait();
+            Err(error)
+        }
+    }
+}
+
+/// What must be done before the program runs: with ids that nobody has mapped it would lose its capabilities, and
+/// in its namespace it could not raise a limit.
+fn prepare(child: &Child, gate: OwnedFd) -> io::Result<()> {
+    for map in ["uid_map", "gid_map"] {
+        let ours = fs::read_to_string(format!("/proc/self/{map}"))?;
+        fs::write(format!("/proc/{}/{map}", child.id()), onto_itself(&ours))?;
+    }
+    let descriptors = stockade_vmm::DESCRIPTORS;
+    let limit = libc::rlimit { rlim_cur: descriptors, rlim_max: descriptors };
+    // SAFETY: prlimit(2) reads a struct that lives until it returns. Where it is not allowed, the limit stays as it is.
+    unsafe { libc::prlimit(child.id(), libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
+    File::from(gate).write_all(&[1])
+}
+
+/// A map of ids (user_namespaces(7)) that gives each id that there is in this namespace to itself.
+fn onto_itself(map: &str) -> String {
+    let lines = map.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let (inside, _, count) = (fields.next()?, fields.next()?, fields.next()?);
+        Some(format!("{inside} {inside} {count}\n"))
+    });
+    lines.collect()
+}
+
+/// fork(2) into new namespaces: `None` in the child.
+fn clone_into_namespaces() -> io::Result<Option<Pid>> {
+    let flags = NAMESPACES | libc::SIGCHLD;
+    let none = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: clone(2) without CLONE_VM and with no stack is fork(2): the child goes on with a copy of this one's
+    // memory. It only makes the async-signal-safe calls of `Program::run`.
+    match unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(None),
+        pid => Ok(Some(Pid::from_raw(pid as i32))),
+    }
+}
+
+/// What the child needs, all of it made before: it must not allocate.
+struct Program {
+    argv: *const *const libc::c_char,
+    streams: [RawFd; 3],
+    gate: RawFd,
+    gate_writer: RawFd,
+    failure: RawFd,
+}
+
+impl Program {
+    /// Becomes the program, once the gate is open.
+    ///
+    /// # Safety
+    /// Only in a child that has just been forked, which owns everything that is named here.
+    unsafe fn run(&self) -> ! {
+        // SAFETY: system calls on descriptors and memory of this process; nothing here returns into code that
+        // could expect them as they were.
+        unsafe {
+            libc::setpgid(0, 0);
+            // The signals that the supervisor reads from a descriptor are nobody else's business.
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+            // Else the end of the parent would not show at the gate.
+            libc::close(self.gate_writer);
+            let mut byte = 0u8;
+            if libc::read(self.gate, (&raw mut byte).cast(), 1) != 1 {
+                libc::_exit(1);
+            }
+            // Above 2, all of them, since the standard streams of this process are open (std sees to it).
+            for (to, from) in (0..).zip(self.streams) {
+                libc::dup2(from, to);
+            }
+            let environment = [std::ptr::null()];
+            libc::execve(c"/proc/self/exe".as_ptr(), self.argv, environment.as_ptr());
+            let errno = Errno::last_raw().to_ne_bytes();
+            libc::write(self.failure, errno.as_ptr().cast(), errno.len());
+            libc::_exit(1)
+        }
+    }
+}
