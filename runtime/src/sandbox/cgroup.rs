@@ -109,9 +109,14 @@ fn path(named: &Path, id: &str, systemd: bool) -> Result<PathBuf, Error> {
     if named.is_absolute() {
         return Ok(below(Path::new(ROOT), named));
     }
-    // runc: beside the cgroup of the caller, which has processes and so no children.
-    let own = own()?;
-    Ok(below(own.parent().unwrap_or(Path::new(ROOT)), named))
+    Ok(below(beside(&own()?), named))
+}
+
+/// Where runc puts a cgroup whose path is relative: beside that of the caller, which has processes and so no children.
+/// The root, which may have both, has nothing beside it.
+fn beside(own: &Path) -> &Path {
+    let root = Path::new(ROOT);
+    own.parent().filter(|parent| parent.starts_with(root)).unwrap_or(root)
 }
 
 /// Joins, without ever leaving `root`.
@@ -377,6 +382,17 @@ mod tests {
     fn of(limits: Value, vm: VmSize) -> Vec<(&'static str, String)> {
         let limits = serde_json::from_value(limits).unwrap();
         settings(&limits, vm).into_iter().map(|setting| (setting.file, setting.value)).collect()
+    }
+
+    #[test]
+    fn a_relative_path_is_beside_the_callers_cgroup_and_never_outside_of_the_hierarchy() {
+        for (own, parent) in [
+            ("/sys/fs/cgroup", "/sys/fs/cgroup"),
+            ("/sys/fs/cgroup/user", "/sys/fs/cgroup"),
+            ("/sys/fs/cgroup/system.slice/ssh", "/sys/fs/cgroup/system.slice"),
+        ] {
+            assert_eq!(beside(Path::new(own)), Path::new(parent), "{own}");
+        }
     }
 
     #[test]
