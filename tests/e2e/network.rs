@@ -2,13 +2,15 @@
 //! treating it so.
 
 use std::fs;
+use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Bundle, Case, Cni, Container, Netns, Program, Runtime, Stdin, case, host_scratch, tool, unique, wait_gone,
+    Bundle, Case, Cni, Container, HANG, Netns, Program, Runtime, Stdin, case, host_scratch, tool, unique,
+    wait_gone,
 };
 
 const VM: &str = "what is wired to a VM";
@@ -49,12 +51,13 @@ fn json_of(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("no JSON ({error}): {text}"))
 }
 
-/// What `ip -j addr` says of interfaces, without what has to differ: indices, the kind of queue, who is at the other
-/// end, and whether it is still being looked whether somebody else has an address, which the guest need not do again.
+/// What `ip -j addr` says of interfaces, without what has to differ: indices, the kind and length of the queue, who is
+/// at the other end, how the kind of device words that it is up (the flags say it for all), and whether it is still being looked whether somebody else has an address, which the guest need not do again.
 fn addresses(text: &str) -> Value {
     let mut links = json_of(text);
     for link in links.as_array_mut().expect("a list") {
-        for word in ["ifindex", "link", "link_index", "link_netnsid", "qdisc", "group"] {
+        for word in ["ifindex", "link", "link_index", "link_netnsid", "qdisc", "txqlen", "operstate", "group"]
+        {
             link.as_object_mut().expect("an object").remove(word);
         }
         for address in link["addr_info"].as_array_mut().expect("addresses") {
@@ -73,9 +76,19 @@ fn lines(text: &str) -> Vec<String> {
     lines
 }
 
+/// Waits until the host's kernel has seen that nobody else has the addresses that it gave: before that they have no
+/// routes, and some interfaces get another one then.
+fn settle(netns: &Netns) {
+    let begin = Instant::now();
+    while netns.tool("ip -j addr").contains("tentative") {
+        assert!(begin.elapsed() < HANG, "addresses stay tentative");
+    }
+}
+
 /// Compares inside and outside; returns the container.
 #[track_caller]
 fn assert_the_same_inside(netns: &Netns) -> Container {
+    settle(netns);
     let outside = addresses(&netns.tool("ip -j addr"));
     let routes = ["ip route show table all", "ip -6 route show table all", "ip neigh show nud permanent"];
     let outside_routes = routes.map(|line| lines(&netns.tool(line)));
