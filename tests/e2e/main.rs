@@ -17,6 +17,7 @@ mod endurance;
 mod exec;
 mod failure;
 mod fields;
+mod image;
 mod isolation;
 mod lifecycle;
 mod limits;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         exec::CASES,
         failure::CASES,
         fields::CASES,
+        image::CASES,
         isolation::CASES,
         lifecycle::CASES,
         limits::CASES,

@@ -7,6 +7,7 @@
 
 mod bundle;
 mod cases;
+mod image;
 mod leaks;
 mod network;
 mod parts;
@@ -17,6 +18,7 @@ mod terminal;
 
 pub use bundle::{Bundle, Rootfs, host_scratch};
 pub use cases::{Case, into_trials, leave_nothing};
+pub use image::{Images, Layer, digest};
 pub use leaks::Traces;
 pub use network::{Cni, Netns, tool, unique};
 pub use parts::run_in_labs;
