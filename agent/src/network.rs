@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::net::Ipv6Addr;
 use std::path::Path;
 
 use stockade_agent_protocol::messages::{Address, Link, Neighbour, Route, SetNetworkRequest};
@@ -36,6 +37,9 @@ const CHOSEN_FLAGS: AddressFlags = AddressFlags::Nodad
     .union(AddressFlags::Managetempaddr)
     .union(AddressFlags::Noprefixroute)
     .union(AddressFlags::Mcautojoin);
+
+/// IN6_ADDR_GEN_MODE_NONE (linux/if_link.h): no link-local address but those that are given.
+const GENERATE_NONE: &str = "1";
 
 /// A network device of the guest.
 #[derive(Clone, Debug)]
@@ -155,6 +159,9 @@ fn set_link(kernel: &mut Connection, link: &Link, index: u32) -> Result<(), Erro
     for (setting, value) in &link.settings {
         write_setting(name, setting, &value.to_string())?;
     }
+    if has_link_local_of_another_kind(link) {
+        write_setting(name, "ipv6/addr_gen_mode", GENERATE_NONE)?;
+    }
     // Addresses of the link's own making are known to be nobody else's: the namespace on the host had them first.
     let dad = setting_path(name, "ipv6/accept_dad")?;
     let accept_dad = fs::read_to_string(&dad).unwrap_or_default();
@@ -178,6 +185,19 @@ fn set_link(kernel: &mut Connection, link: &Link, index: u32) -> Result<(), Erro
         set_address(kernel, name, index, address)?;
     }
     Ok(())
+}
+
+/// Whether the host has given the interface a link-local address, but not the one that the kernel here would make for
+/// it (RFC 4291, appendix A): an ipvlan for example has one of its own kind, since it shares its MAC address.
+fn has_link_local_of_another_kind(link: &Link) -> bool {
+    let locals = || {
+        link.addresses.iter().map(|address| address.local.as_slice()).filter(|local| {
+            <[u8; 16]>::try_from(*local).is_ok_and(|local| Ipv6Addr::from(local).is_unicast_link_local())
+        })
+    };
+    let [a, b, c, d, e, f] = link.mac[..] else { return false };
+    let made_here = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    locals().next().is_some() && !locals().any(|local| local == made_here)
 }
 
 /// Asks for the link, by which the kernel brings its state up to date: of itself it does so once a second, and until
@@ -346,5 +366,29 @@ mod tests {
             setting_path("eth0", "ipv6/disable_ipv6").unwrap(),
             "/proc/sys/net/ipv6/conf/eth0/disable_ipv6"
         );
+    }
+
+    #[test]
+    fn only_a_link_local_address_of_another_kind_is_left_alone() {
+        let link = |addresses: &[[u8; 16]]| Link {
+            mac: vec![0x62, 0xfe, 0x56, 0x19, 0xc7, 0xb6],
+            addresses: addresses
+                .iter()
+                .map(|local| Address { local: local.to_vec(), ..Default::default() })
+                .collect(),
+            ..Default::default()
+        };
+        let own = "fe80::60fe:56ff:fe19:c7b6".parse::<Ipv6Addr>().unwrap().octets();
+        let other = "fe80::62fe:5600:119:c7b6".parse::<Ipv6Addr>().unwrap().octets();
+        let global = "2001:db8::1".parse::<Ipv6Addr>().unwrap().octets();
+        for (addresses, expected) in [
+            (&[][..], false),
+            (&[global], false),
+            (&[own], false),
+            (&[other, own], false),
+            (&[global, other], true),
+        ] {
+            assert_eq!(has_link_local_of_another_kind(&link(addresses)), expected, "{addresses:?}");
+        }
     }
 }
