@@ -41,6 +41,14 @@ enum Error {
 ///
 /// The calling thread's parent must outlive it: the process is killed when the thread that spawned it ends.
 pub fn run(control: OwnedFd) -> ExitCode {
+    run_confined(control, jail::enter)
+}
+
+/// The same, confined in another way: for tests, which have no process to give away.
+pub(crate) fn run_confined(
+    control: OwnedFd,
+    confine: impl FnOnce(OwnedFd) -> Result<(), jail::Error>,
+) -> ExitCode {
     let entered_ns = now();
     let _ = rustix::thread::set_name(c"stockade-vmm");
     // Both fail only for arguments that do not exist. A console without a reader must not kill the VM.
@@ -51,7 +59,7 @@ pub fn run(control: OwnedFd) -> ExitCode {
     // thread four system calls and memory, and hardly anything is allocated after the start.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     let outbox = Arc::new(Outbox { server: Server::new(control), waiting: Mutex::new(VecDeque::new()) });
-    match serve(&outbox, entered_ns) {
+    match serve(&outbox, entered_ns, confine) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // If this cannot be told, there is nobody left to be told.
@@ -61,13 +69,17 @@ pub fn run(control: OwnedFd) -> ExitCode {
     }
 }
 
-fn serve(outbox: &Arc<Outbox>, entered_ns: u64) -> Result<(), Error> {
+fn serve(
+    outbox: &Arc<Outbox>,
+    entered_ns: u64,
+    confine: impl FnOnce(OwnedFd) -> Result<(), jail::Error>,
+) -> Result<(), Error> {
     // Before the first message, which the supervisor may need some time to prepare.
     let shell = Shell::create()?;
     let mut timeline = Timeline { entered_ns, vm_created_ns: now(), ..Timeline::default() };
     let (boot, files) = match outbox.server.recv(true)? {
         Poll::Ready(Some(Received::Boot { boot, kernel, initrd, share, console })) => {
-            jail::enter(share)?;
+            confine(share)?;
             (boot, Files { kernel, initrd, console })
         }
         Poll::Ready(Some(_)) => return Err(Error::NotBoot),

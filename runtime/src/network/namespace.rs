@@ -101,7 +101,8 @@ mod tests {
 
     #[test]
     fn the_hosts_own_namespace_is_refused() {
-        for path in [OWN, INIT] {
+        // Who may not look at the first process's cannot enter it either.
+        for path in [OWN, INIT].into_iter().filter(|path| File::open(path).is_ok()) {
             let Err(error) = Namespace::enter(path.into()) else { panic!("{path} was entered") };
             assert!(matches!(error, Error::Host(_)), "{error}");
         }

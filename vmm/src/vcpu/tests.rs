@@ -191,10 +191,10 @@ fn file(bytes: &[u8]) -> OwnedFd {
     file.into()
 }
 
-/// Runs the VMM as its process would, on a thread, up to the answer to `Boot`.
+/// Runs the VMM as its process would, on a thread and so without a jail, up to the answer to `Boot`.
 fn boot(code: &[u8]) -> (Client, io::PipeReader, JoinHandle<ExitCode>, Option<Event>) {
     let (client, socket) = Client::pair().unwrap();
-    let vmm = std::thread::spawn(move || process::run(socket));
+    let vmm = std::thread::spawn(move || process::run_confined(socket, |_| Ok(())));
     let (reader, writer) = io::pipe().unwrap();
     let boot = Boot {
         vcpus: 1,
@@ -262,7 +262,7 @@ fn a_kernel_that_is_none_is_said_to_be_so_in_one_line() {
         return;
     }
     let (client, socket) = Client::pair().unwrap();
-    let vmm = std::thread::spawn(move || process::run(socket));
+    let vmm = std::thread::spawn(move || process::run_confined(socket, |_| Ok(())));
     let null = std::fs::File::open("/dev/null").unwrap();
     let boot = Boot {
         vcpus: 1,
