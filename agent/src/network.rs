@@ -289,27 +289,33 @@ fn no_link(name: &str) -> Error {
     Error::Invalid(format!("there is no link {name:?} in the request"))
 }
 
-/// Makes the routes, and takes away those that this kernel made for addresses and the host's has not: a plug-in may
-/// have replaced them by others.
+/// Makes the routes, and takes away those that this kernel made for addresses and the host's has not, or not like this:
+/// a plug-in may have replaced them by others.
 fn set_routes(
     kernel: &mut Connection,
     wanted: &[Route],
     names: &HashMap<u32, String>,
     index: &impl Fn(&str) -> Option<u32>,
 ) -> Result<(), Error> {
+    let mut there = Vec::new();
     for (message, route) in routes_of_kernel(kernel, names)? {
-        if !wanted.iter().any(|other| routes::same_place(other, &route)) {
+        if wanted.contains(&route) {
+            there.push(route);
+        } else {
             kernel
                 .request(RouteNetlinkMessage::DelRoute(message), 0)
                 .map_err(|e| Error::os("removing a route", e))?;
         }
     }
+    let missing = wanted.iter().filter(|route| !there.contains(route));
     // A gateway must be reachable by the time it is named.
     let (direct, indirect): (Vec<_>, Vec<_>) =
-        wanted.iter().partition(|route| route.next_hops.iter().all(|hop| hop.gateway.is_empty()));
+        missing.partition(|route| route.next_hops.iter().all(|hop| hop.gateway.is_empty()));
     for route in direct.into_iter().chain(indirect) {
         let message = routes::to_kernel(route, index).map_err(|e| Error::Invalid(format!("a route: {e}")))?;
-        match kernel.request(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE) {
+        // In IPv6 a route would replace one over another link: each has its own to the same link-local prefix.
+        let replace = if message.header.address_family == AddressFamily::Inet6 { 0 } else { NLM_F_REPLACE };
+        match kernel.request(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | replace) {
             Ok(()) => {}
             Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
             Err(e) => return Err(Error::os(format!("setting the route to {}", destination(route)), e)),

@@ -166,15 +166,6 @@ pub fn to_kernel(route: &Route, index: impl Fn(&str) -> Option<u32>) -> Result<R
     Ok(message)
 }
 
-/// Whether two routes take the same place in the same table, so that there can be one of them only.
-pub fn same_place(a: &Route, b: &Route) -> bool {
-    let hops = |route: &Route| -> Vec<(String, Vec<u8>)> {
-        route.next_hops.iter().map(|hop| (hop.link.clone(), hop.gateway.clone())).collect()
-    };
-    (a.family, &a.destination, a.prefix_length, a.table, a.type_, a.tos, a.metric, hops(a))
-        == (b.family, &b.destination, b.prefix_length, b.table, b.type_, b.tos, b.metric, hops(b))
-}
-
 fn gateway(hop: &NextHop, family: AddressFamily) -> Result<Option<RouteAttribute>, Error> {
     Ok(address::optional(&hop.gateway)?.map(|gateway| {
         if address::family(gateway) == family {
@@ -309,15 +300,5 @@ mod tests {
         message.attributes.push(RouteAttribute::Mark(5));
         assert!(matches!(from_kernel(&message, name), Err(Error::Attribute(_))));
         assert!(matches!(from_kernel(&message, |_| None), Err(Error::Interface)));
-    }
-
-    #[test]
-    fn routes_take_the_same_place_whoever_made_them() {
-        let a = route(2, &[10, 9, 0, 0], 16, vec![hop("eth0", &[])]);
-        let mut b = a.clone();
-        (b.protocol, b.scope) = (2, 253);
-        assert!(same_place(&a, &b));
-        b.metric = 5;
-        assert!(!same_place(&a, &b));
     }
 }
