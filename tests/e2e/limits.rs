@@ -101,8 +101,13 @@ fn vm_follows_the_bundles_limits() {
 }
 
 fn vm_follows_the_cpuset() {
-    let bundle = Bundle::sh("").set("/linux/resources/cpu", json!({ "cpus": "0-2" }));
-    assert_eq!(vm_size(&Runtime::under_test(), bundle).0, 3);
+    let cpus = |list: String| Bundle::sh("").set("/linux/resources/cpu", json!({ "cpus": list }));
+    let there = std::thread::available_parallelism().unwrap().get().min(3);
+    let runtime = Runtime::under_test();
+    assert_eq!(vm_size(&runtime, cpus(format!("0-{}", there - 1))).0, there);
+    // It holds for the VM on the host too, which has no such CPU.
+    let reason = runtime.run(&cpus("0,5000".into())).refused();
+    assert!(reason.contains("cpu.cpus"), "{reason}");
 }
 
 fn vm_of_three_gibibytes_uses_memory_beyond_the_gap() {
