@@ -26,6 +26,7 @@ run test bench image lab:
 install:
 	@test -e $(STAGE)/lib/stockade/manifest.json || tests/stages.sh image
 	install -D -m 755 $(STAGE)/bin/stockade $(DESTDIR)$(PREFIX)/bin/stockade
+	ln -sfn stockade $(DESTDIR)$(PREFIX)/bin/containerd-shim-stockade-v2
 	install -d $(DESTDIR)$(PREFIX)/lib/stockade
 	install -m 644 $(addprefix $(STAGE)/lib/stockade/,vmlinux initrd.img manifest.json) \
 		$(DESTDIR)$(PREFIX)/lib/stockade

@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -35,6 +36,17 @@ pub fn set_up(file: Option<&Path>, format: Format, debug: bool) -> io::Result<()
     let level = if debug { Level::DEBUG } else { Level::INFO };
     // An error means that somebody was faster, which only a test can be.
     let _ = tracing::subscriber::set_global_default(Log { sink, format, level });
+    Ok(())
+}
+
+/// Sets logging up to a FIFO that another process reads now and then: records wait for it, and what finds no room is
+/// dropped.
+pub fn set_up_fifo(path: &Path, debug: bool) -> io::Result<()> {
+    let flags = libc::O_NONBLOCK;
+    let fifo = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
+    let level = if debug { Level::DEBUG } else { Level::INFO };
+    let log = Log { sink: Sink::File(fifo), format: Format::Text, level };
+    let _ = tracing::subscriber::set_global_default(log);
     Ok(())
 }
 

@@ -1,7 +1,8 @@
 //! `stockade`: an OCI runtime that runs each container in a microVM of its own.
 //!
-//! This binary has two roles. As a command line ([`cli`]) it is what callers of runc know; as `stockade vmm` it is
-//! the microVM monitor that a supervisor starts. The role is decided before anything else, so that neither
+//! This binary has three roles. As a command line ([`cli`]) it is what callers of runc know; called
+//! `containerd-shim-stockade-v2` it is containerd's shim ([`shim`]); as `stockade vmm` it is the microVM monitor that
+//! a supervisor starts. The role is decided before anything else, so that neither
 //! initialises what only the other needs.
 
 mod bundle;
@@ -14,6 +15,7 @@ mod log;
 mod network;
 mod process;
 mod sandbox;
+mod shim;
 mod size;
 mod state;
 
@@ -22,8 +24,13 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let process_start_ns = clock::monotonic_ns();
-    if std::env::args_os().nth(1).is_some_and(|role| role == "vmm") {
+    let mut arguments = std::env::args_os();
+    let program = arguments.next();
+    if arguments.next().is_some_and(|role| role == "vmm") {
         return vmm();
+    }
+    if shim::is_named(program.as_deref()) {
+        return shim::main(process_start_ns);
     }
     cli::main(process_start_ns)
 }

@@ -13,6 +13,7 @@ mod bad_input;
 mod cgroup;
 mod check;
 mod commands;
+mod containerd;
 mod endurance;
 mod exec;
 mod failure;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         bad_input::CASES,
         cgroup::CASES,
         check::CASES,
+        containerd::CASES,
         commands::CASES,
         endurance::CASES,
         exec::CASES,

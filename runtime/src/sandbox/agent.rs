@@ -9,9 +9,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 
 use stockade_agent_protocol::messages::{
-    ContainerRequest, CreateContainerRequest, ExecRequest, HandshakeRequest, HandshakeResponse, Process,
-    ProcessRequest, ResizeRequest, SetNetworkRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest,
-    StatsResponse, Stdio, UpdateRequest, WaitResponse,
+    ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, ExecRequest, HandshakeRequest,
+    HandshakeResponse, Process, ProcessRequest, ResizeRequest, SetNetworkRequest, SetupSandboxRequest,
+    ShutdownRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitResponse, event,
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
@@ -173,6 +173,23 @@ impl Agent {
             ..Default::default()
         };
         call(self.0.resize(context(), &request)).await.map(drop)
+    }
+
+    /// Removes a container that has ended.
+    pub async fn delete(&self, id: &str) -> Result<(), Error> {
+        let request = DeleteContainerRequest { container_id: id.into(), force: true, ..Default::default() };
+        call(self.0.delete_container(context(), &request)).await.map(drop)
+    }
+
+    /// Calls `act` with a container's id whenever the guest's OOM killer was at work in it, until the VM ends.
+    pub async fn out_of_memory(&self, act: impl Fn(&str)) -> Result<(), Error> {
+        let mut events = call(self.0.events(context(), &Empty::default())).await?;
+        while let Some(event) = call(events.recv()).await? {
+            if let Some(event::Event::Oom(_)) = event.event {
+                act(&event.container_id);
+            }
+        }
+        Ok(())
     }
 
     /// Has everything written back to the share.

@@ -16,13 +16,13 @@ pub mod launch;
 pub mod pidfd;
 pub mod poll;
 mod relay;
-mod reservation;
+pub mod reservation;
 pub mod share;
 pub mod signals;
 pub mod single;
 mod spawn;
 mod stats;
-mod stdio;
+pub mod stdio;
 mod supervisor;
 pub mod terminal;
 pub mod timeline;
@@ -31,6 +31,7 @@ mod vmm;
 use std::cell::Cell;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -40,7 +41,9 @@ use stockade_agent_protocol::{RPC_PORT, STDIO_PORT};
 use stockade_vmm::control::{Boot, StopReason};
 use tokio::time::timeout;
 
-use crate::bundle::{self, hooks};
+use crate::bundle::guest::Bind;
+use crate::bundle::{self, Bundle, hooks};
+use crate::config;
 use crate::guest_files::{self, GuestFiles};
 use crate::network::{self, Network};
 use crate::process::ProcessId;
@@ -73,6 +76,9 @@ pub enum Error {
     /// of the bundle
     #[error(transparent)]
     Bundle(#[from] bundle::Error),
+    /// of the settings
+    #[error(transparent)]
+    Config(#[from] config::Error),
     /// of the guest files
     #[error(transparent)]
     GuestFiles(#[from] guest_files::Error),
@@ -109,6 +115,9 @@ pub enum Error {
     /// a signal came before there was anything to pass it on to
     #[error("interrupted by {0} before the container was created")]
     Interrupted(nix::sys::signal::Signal),
+    /// too early for it
+    #[error("the VM has not booted yet: containers cannot be added")]
+    NotBooted,
     /// something of the operating system
     #[error("cannot {0}: {1}")]
     Os(&'static str, #[source] io::Error),
@@ -204,6 +213,20 @@ impl Spawned {
 }
 
 impl Sandbox {
+    /// Puts the files of a container into the share of a VM that runs.
+    pub fn share(&self, bundle: &Bundle, binds: &[Bind]) -> Result<(), Error> {
+        // Before its first instruction the VMM may not have the share yet, and would miss what is mounted in it.
+        if self.first_run_ns.get() == 0 {
+            return Err(Error::NotBooted);
+        }
+        Ok(self.share.add(bundle, binds)?)
+    }
+
+    /// Takes the files of a container out of the share again.
+    pub fn unshare(&self, id: &str) {
+        self.share.remove(Path::new(id));
+    }
+
     /// Streams of one process to the guest, their headers in them already. An empty `exec_id` is the container's
     /// init.
     pub fn connect_streams(

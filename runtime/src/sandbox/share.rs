@@ -120,6 +120,11 @@ impl Share {
         restrict(&target, bind.readonly, bind.recursive).map_err(failed)
     }
 
+    /// Takes away what was bound below one of its directories. Detached, because the guest may still know files of it.
+    pub fn remove(&self, below: &Path) {
+        remove_tree(&self.path.join(below));
+    }
+
     /// Takes it away with all that is in it. Detached, because the VMM may still have files open in it.
     pub fn unmount(&self) {
         let _ = umount2(&self.path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
@@ -141,6 +146,27 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         self.unmount();
+    }
+}
+
+/// Unmounts what is mounted in a tree of mount points and removes them. It never goes down into a mount.
+fn remove_tree(path: &Path) {
+    loop {
+        match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // No mount point, or none any more.
+            Err(Errno::EINVAL) => break,
+            // What is still mounted there is the host's, and not ours to remove.
+            Err(_) => return,
+        }
+    }
+    if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir()) {
+        for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+            remove_tree(&entry.path());
+        }
+        let _ = fs::remove_dir(path);
+    } else {
+        let _ = fs::remove_file(path);
     }
 }
 
@@ -339,6 +365,9 @@ mod tests {
             assert_eq!(error.raw_os_error(), Some(libc::EROFS));
             fs::write(inside.join("c/mounts/0"), "new").unwrap();
             assert_eq!(fs::read_to_string(host.join("file")).unwrap(), "new");
+            share.remove(Path::new("c"));
+            assert_eq!(fs::read_dir(&inside).unwrap().count(), 0);
+            assert_eq!(fs::read_to_string(host.join("file")).unwrap(), "new", "only the mount went");
             drop(share);
             assert_eq!(fs::read_dir(&inside).unwrap().count(), 0);
             fs::remove_dir(&inside).unwrap();

@@ -28,6 +28,11 @@ pub struct HostStdio {
 }
 
 impl HostStdio {
+    /// Descriptors that somebody opened: stdin, stdout, stderr.
+    pub fn of(fds: [Option<OwnedFd>; 3]) -> Self {
+        HostStdio { fds, terminal: None, raw: None }
+    }
+
     /// This process's own, as they are.
     pub fn inherited() -> io::Result<Self> {
         let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());

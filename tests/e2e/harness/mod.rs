@@ -7,6 +7,7 @@
 
 mod bundle;
 mod cases;
+mod containerd;
 mod image;
 mod leaks;
 mod network;
@@ -18,6 +19,7 @@ mod terminal;
 
 pub use bundle::{Bundle, Rootfs, host_scratch};
 pub use cases::{Case, into_trials, leave_nothing};
+pub use containerd::Containerd;
 pub use image::{Images, Layer, digest};
 pub use leaks::Traces;
 pub use network::{Cni, Netns, tool, unique};

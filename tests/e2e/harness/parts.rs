@@ -29,6 +29,7 @@ const PARTS: &[&[&str]] = &[
     &["endurance::fifty_runs"],
     &["endurance::"],
     &["image::"],
+    &["containerd::"],
     &["stdio::"],
     &["failure::"],
     &["lifecycle::"],

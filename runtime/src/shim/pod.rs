@@ -1,0 +1,284 @@
+//! A shim's sandbox and the tasks in it: a pod, a group, or a single container.
+//!
+//! The VM boots while containerd prepares its first request. It ends with the task that is its reason: the pause
+//! container of a pod, a single container's init. However it ends, every process in it is reported with an exit,
+//! and never as one that went well.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::topics;
+use oci_spec::runtime::Hook;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use super::error::Error;
+use super::events::{Publisher, timestamp};
+use super::process::{Exited, Process, Stage};
+use super::role::Role;
+use super::task::Container;
+use crate::sandbox::agent::{self, Exit};
+use crate::sandbox::stdio::Relays;
+use crate::sandbox::{self, Sandbox};
+use crate::state::{State, StateDir};
+
+/// How long the end of a VM may take to be known after the connection to its agent broke.
+const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an exit waits for output that nobody takes. What is not taken by then is still delivered, but later.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long execs may take to be reported when their container has ended.
+const EXEC_TIMEOUT: Duration = Duration::from_secs(5);
+/// What killed processes are reported with: 128 and SIGKILL.
+pub const KILLED: u32 = 128 + libc::SIGKILL as u32;
+
+/// The sandbox.
+pub struct Pod {
+    /// The sandbox's id: that of its first container, or the name of its group.
+    pub id: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// What kind of sandbox.
+    pub role: Role,
+    /// Where events go.
+    pub publisher: Publisher,
+    /// All tasks that have not been deleted.
+    pub containers: RefCell<BTreeMap<String, Rc<Container>>>,
+    /// A process of the host that stands for all in the guest: the VMM.
+    pub pid: u32,
+    /// Somebody asked this shim to end, and there is no task left.
+    pub finished: Notify,
+    vm: Option<Sandbox>,
+    /// Its state on the host.
+    kept: Option<(Rc<StateDir>, RefCell<State>)>,
+    /// The guest is ready for containers.
+    up: Cell<bool>,
+    /// Why there is no VM (any more), in one line.
+    gone: RefCell<Option<String>>,
+    /// Either has changed.
+    went: Notify,
+}
+
+impl Pod {
+    /// A sandbox whose VM boots, or one that could not be started and why.
+    pub fn new(
+        (id, namespace, role): (String, String, Role),
+        vm: Result<(Sandbox, Rc<StateDir>, State), sandbox::Error>,
+        publisher: Publisher,
+    ) -> Rc<Self> {
+        let (vm, kept, gone) = match vm {
+            Ok((vm, dir, state)) => (Some(vm), Some((dir, RefCell::new(state))), None),
+            Err(e) => (None, None, Some(one_line(&e))),
+        };
+        let vmm = kept.as_ref().and_then(|(_, state)| state.borrow().vmm);
+        let pid = vmm.map_or(std::process::id(), |vmm| vmm.pid as u32);
+        Rc::new(Pod {
+            id,
+            namespace,
+            role,
+            publisher,
+            containers: RefCell::default(),
+            pid,
+            finished: Notify::new(),
+            vm,
+            kept,
+            up: Cell::new(false),
+            gone: RefCell::new(gone),
+            went: Notify::new(),
+        })
+    }
+
+    /// The VM, unless it has ended.
+    pub fn vm(&self) -> Result<&Sandbox, Error> {
+        match (&self.vm, &*self.gone.borrow()) {
+            (Some(vm), None) => Ok(vm),
+            (_, reason) => Err(Error::Gone(reason.clone().unwrap_or_else(|| "the sandbox has ended".into()))),
+        }
+    }
+
+    /// The VM, once the guest is ready for containers.
+    pub async fn ready(&self) -> Result<&Sandbox, Error> {
+        loop {
+            let changed = self.went.notified();
+            let vm = self.vm()?;
+            if self.up.get() {
+                return Ok(vm);
+            }
+            changed.await;
+        }
+    }
+
+    /// Prepares the guest for containers, with the network of its namespace as it is now.
+    async fn set_up(&self, vm: &Sandbox) -> Result<(), sandbox::Error> {
+        vm.set_up().await?;
+        let save = |record| {
+            let Some((dir, state)) = &self.kept else { return Ok(()) };
+            state.borrow_mut().network = Some(record);
+            Ok(dir.save(&state.borrow())?)
+        };
+        let request = vm.wire_network(save).await?;
+        vm.set_network(request).await?;
+        self.up.set(true);
+        self.went.notify_waiters();
+        Ok(())
+    }
+
+    /// Follows the VM: prepares it, tells of memory that ran out, and knows when it ends.
+    pub async fn attend(self: Rc<Self>) {
+        let Ok(vm) = self.vm() else { return };
+        // The VM's end is known by the other branch; this one never comes to an end of its own.
+        let up = async {
+            if let Err(e) = self.set_up(vm).await {
+                self.lost(&e).await;
+            } else if let Err(e) = vm.agent.out_of_memory(|id| self.out_of_memory(id)).await {
+                tracing::debug!("events of the guest end: {e}");
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            biased;
+            error = vm.watch() => self.has_ended(&one_line(&error), error.console()),
+            () = async { tokio::join!(up, vm.read_console()); } => {}
+        }
+    }
+
+    fn out_of_memory(&self, id: &str) {
+        // The guest's word on which: one of ours, or none.
+        if self.containers.borrow().contains_key(id) {
+            let event = TaskOOM { container_id: id.into(), ..Default::default() };
+            self.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+        }
+    }
+
+    /// The agent cannot be talked to: that is the VM's end, unless it says itself why.
+    async fn lost(&self, error: &sandbox::Error) {
+        let _ = timeout(ENDING_TIMEOUT, self.went.notified()).await;
+        if self.gone.borrow().is_none() {
+            self.end(&one_line(error));
+        }
+    }
+
+    fn has_ended(&self, reason: &str, console: &[String]) {
+        if self.gone.borrow().is_some() {
+            return;
+        }
+        tracing::error!("{reason}");
+        for line in console {
+            tracing::error!("guest console: {line}");
+        }
+        self.end(reason);
+    }
+
+    /// Ends the VM; `reason` is what later calls are told.
+    pub fn end(&self, reason: &str) {
+        self.gone.borrow_mut().get_or_insert_with(|| reason.into());
+        if let Some(vm) = &self.vm {
+            vm.kill();
+        }
+        self.went.notify_waiters();
+    }
+
+    /// Runs poststop hooks, for which there need not be a VM any more.
+    pub async fn run_last_hooks(&self, list: &[Hook], state: Vec<u8>) -> Result<(), sandbox::Error> {
+        match &self.vm {
+            Some(vm) => vm.run_hooks("poststop", list, state).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until the VM is gone with all that it holds.
+    pub fn reap(&self) {
+        if let Some(vm) = &self.vm {
+            vm.unwire_network();
+            vm.reap();
+        }
+    }
+
+    /// What an answer of the agent means: where the connection broke, the VM's end is the reason.
+    pub async fn explain(&self, what: &'static str, error: agent::Error) -> Error {
+        if let agent::Error::Closed(_) = error {
+            if self.gone.borrow().is_none() {
+                let _ = timeout(ENDING_TIMEOUT, self.went.notified()).await;
+            }
+            if let Some(reason) = &*self.gone.borrow() {
+                return Error::Gone(reason.clone());
+            }
+        }
+        Error::Sandbox(sandbox::Error::Agent { what, source: error })
+    }
+
+    /// A container of that name.
+    pub fn container(&self, id: &str) -> Result<Rc<Container>, Error> {
+        let container = self.containers.borrow().get(id).cloned();
+        container.ok_or_else(|| Error::NotFound(format!("container {id}")))
+    }
+
+    /// Follows a process of the guest to its end, and reports it once its output is delivered.
+    pub async fn follow(self: Rc<Self>, container: Rc<Container>, process: Rc<Process>, relays: Relays) {
+        let code = match self.vm() {
+            Err(_) => KILLED,
+            Ok(vm) => match vm.agent.wait(&container.id, &process.exec_id).await {
+                Ok(Exit { code, .. }) => code.into(),
+                Err(e) => {
+                    tracing::debug!(container = container.id, "the end of a process is not known: {e}");
+                    if matches!(e, agent::Error::Closed(_)) {
+                        self.lost(&sandbox::Error::Agent { what: "wait for a process", source: e }).await;
+                    }
+                    KILLED
+                }
+            },
+        };
+        if timeout(DRAIN_TIMEOUT, relays.drain()).await.is_err() {
+            tracing::warn!(container = container.id, "output of a process that has ended is not taken");
+        }
+        if process.exec_id.is_empty() {
+            self.end_of_init(&container).await;
+        }
+        let _order = process.order.lock().await;
+        let exited = process.ended(code);
+        self.report(&container.id, &process, exited);
+        drop(_order);
+        if process.exec_id.is_empty() && self.role == Role::Single {
+            // There is nothing left to run, so its memory can go before anybody asks.
+            self.end("the container has ended");
+        }
+    }
+
+    /// Before an init's end is reported, its execs' are, and what was written is in the host's files.
+    async fn end_of_init(&self, container: &Container) {
+        let execs: Vec<_> = container.execs.borrow().values().cloned().collect();
+        let running = execs.iter().filter(|exec| exec.stage() == Stage::Running);
+        let _ = timeout(EXEC_TIMEOUT, async {
+            for exec in running {
+                exec.wait().await;
+            }
+        })
+        .await;
+        if let Ok(vm) = self.vm()
+            && let Err(e) = vm.write_back().await
+        {
+            tracing::warn!(container = container.id, "{e}");
+        }
+    }
+
+    /// Publishes an exit.
+    pub fn report(&self, container: &str, process: &Process, exited: Exited) {
+        let event = TaskExit {
+            container_id: container.into(),
+            id: if process.exec_id.is_empty() { container.into() } else { process.exec_id.clone() },
+            pid: process.pid.get(),
+            exit_status: exited.code,
+            exited_at: MessageField::some(timestamp(exited.at)),
+            ..Default::default()
+        };
+        self.publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
+    }
+}
+
+/// An error for containerd and its log.
+pub fn one_line(error: &sandbox::Error) -> String {
+    error.to_string().replace('\n', " ")
+}

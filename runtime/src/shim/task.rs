@@ -1,0 +1,481 @@
+//! What containerd can do with a container of the sandbox, one function a call.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
+};
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::topics;
+use oci_spec::runtime::{Hook, Hooks, Process as ProcessSpec};
+use stockade_agent_protocol::check_id;
+use stockade_agent_protocol::messages::StatsResponse;
+
+use super::error::Error;
+use super::events::timestamp;
+use super::pod::{KILLED, Pod};
+use super::process::{Exited, Process, Stage};
+use super::role::Role;
+use super::stdio::{self, Owner, Paths};
+use super::{rootfs, stats};
+use crate::bundle::{self, Bundle, guest};
+
+/// Where the root filesystem is in a bundle.
+pub const ROOTFS: &str = "rootfs";
+
+/// One task.
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its first process.
+    pub init: Rc<Process>,
+    /// Its other processes.
+    pub execs: RefCell<BTreeMap<String, Rc<Process>>>,
+    /// It is frozen.
+    pub paused: Cell<bool>,
+    /// It is what kubelet calls the pause container: nothing of it is in the guest.
+    pub is_pause: bool,
+    hooks: Hooks,
+}
+
+impl Container {
+    /// Its init, or the exec of that name.
+    pub fn process(&self, exec_id: &str) -> Result<Rc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        let exec = self.execs.borrow().get(exec_id).cloned();
+        exec.ok_or_else(|| Error::NotFound(format!("exec {exec_id} of container {}", self.id)))
+    }
+
+    /// It runs in the guest now.
+    pub fn must_run(&self) -> Result<(), Error> {
+        match (self.init.stage(), self.is_pause) {
+            (Stage::Running, false) => Ok(()),
+            (Stage::Running, true) => Err(Error::Precondition(format!(
+                "container {} is its pod's sandbox: no process runs in it",
+                self.id
+            ))),
+            _ => Err(Error::Precondition(format!("container {} is not running", self.id))),
+        }
+    }
+}
+
+impl Pod {
+    /// Creates a container. Returns the pid that stands for it.
+    pub async fn create(self: &Rc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        let id = request.id.clone();
+        check_id(&id).map_err(|e| Error::Invalid(format!("container id: {e}")))?;
+        if self.containers.borrow().contains_key(&id) {
+            return Err(Error::Exists(format!("container {id}")));
+        }
+        if !request.checkpoint.is_empty() {
+            return Err(Error::Unimplemented("a VM cannot be restored from a checkpoint of processes"));
+        }
+        // Why there is no VM is the best answer to everything.
+        self.vm()?;
+        let bundle = PathBuf::from(&request.bundle);
+        let paths = Paths {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let init = Rc::new(Process::new("", paths));
+        let is_pause = self.role == Role::Pod && id == self.id;
+        if is_pause {
+            let container = self.admit(&id, bundle, init, Hooks::default(), true);
+            self.created(&container, &request);
+            return Ok(self.pid);
+        }
+
+        let root = bundle.join(ROOTFS);
+        rootfs::mount_all(&request.rootfs, &root)?;
+        let made = self.make(&id, &bundle, init).await;
+        match made {
+            Ok(container) => {
+                self.created(&container, &request);
+                Ok(self.pid)
+            }
+            Err(e) => {
+                rootfs::unmount_all(&root);
+                Err(e)
+            }
+        }
+    }
+
+    async fn make(self: &Rc<Self>, id: &str, path: &Path, init: Rc<Process>) -> Result<Rc<Container>, Error> {
+        let vm = self.ready().await?;
+        let bundle = Bundle::load(path)?;
+        let adapted = guest::adapt(&bundle, id)?;
+        vm.share(&bundle, &adapted.binds)?;
+        let owner = Owner { namespace: &self.namespace, container: id };
+        let (mut host, held) = stdio::open(&init.paths, owner)?;
+        init.held.replace(held);
+        let wanted = host.wanted();
+        let streams = vm.connect_streams(wanted, id, "")?;
+        let relays = host.relay(streams, || ()).map_err(super::io_error("relay the standard streams"))?;
+
+        let hooks = bundle.spec.hooks().clone().unwrap_or_default();
+        #[allow(deprecated)]
+        let early = [("prestart", hooks.prestart()), ("createRuntime", hooks.create_runtime())];
+        for (kind, list) in early {
+            self.run_hooks(kind, list, id, path, "creating").await?;
+        }
+        if let Err(e) = vm.agent.create(id, adapted.spec, wanted).await {
+            return Err(self.explain("create the container", e).await);
+        }
+        let container = self.admit(id, path.to_owned(), init.clone(), hooks, false);
+        tokio::task::spawn_local(self.clone().follow(container.clone(), init, relays));
+        Ok(container)
+    }
+
+    fn admit(
+        &self,
+        id: &str,
+        bundle: PathBuf,
+        init: Rc<Process>,
+        hooks: Hooks,
+        is_pause: bool,
+    ) -> Rc<Container> {
+        init.pid.set(self.pid);
+        let container = Rc::new(Container {
+            id: id.into(),
+            bundle,
+            init,
+            execs: RefCell::default(),
+            paused: Cell::new(false),
+            is_pause,
+            hooks,
+        });
+        self.containers.borrow_mut().insert(id.into(), container.clone());
+        container
+    }
+
+    fn created(&self, container: &Container, request: &CreateTaskRequest) {
+        let io = TaskIO {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+            ..Default::default()
+        };
+        let event = TaskCreate {
+            container_id: container.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: MessageField::some(io),
+            pid: self.pid,
+            ..Default::default()
+        };
+        self.publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
+    }
+
+    async fn run_hooks(
+        &self,
+        kind: &'static str,
+        list: &Option<Vec<Hook>>,
+        id: &str,
+        bundle: &Path,
+        status: &str,
+    ) -> Result<(), Error> {
+        let list = list.as_deref().unwrap_or_default();
+        if list.is_empty() {
+            return Ok(());
+        }
+        let state = hook_state(id, bundle, self.pid, status);
+        Ok(self.vm()?.run_hooks(kind, list, state).await?)
+    }
+
+    /// Lets a container's workload or an exec run.
+    pub async fn start(self: &Rc<Self>, id: &str, exec_id: &str) -> Result<u32, Error> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let _order = process.order.lock().await;
+        if process.stage() != Stage::Created {
+            return Err(Error::Precondition(format!(
+                "process {} has been started already",
+                named(id, exec_id)
+            )));
+        }
+        if !exec_id.is_empty() {
+            return self.start_exec(&container, &process).await;
+        }
+        if !container.is_pause {
+            let vm = self.vm()?;
+            if let Err(e) = vm.agent.start(id).await {
+                return Err(self.explain("start the container", e).await);
+            }
+        }
+        process.started();
+        let event = TaskStart { container_id: id.into(), pid: self.pid, ..Default::default() };
+        self.publisher.publish(topics::TASK_START_EVENT_TOPIC, &event);
+        let poststart = container.hooks.poststart();
+        // A poststart hook that fails is reported; the container runs on (runtime specification, lifecycle).
+        if let Err(e) = self.run_hooks("poststart", poststart, id, &container.bundle, "running").await {
+            tracing::error!(container = id, "{e}");
+        }
+        Ok(self.pid)
+    }
+
+    /// Notes a further process, which waits for its start.
+    pub fn exec(&self, request: ExecProcessRequest) -> Result<(), Error> {
+        let container = self.container(&request.id)?;
+        let exec_id = &request.exec_id;
+        check_id(exec_id).map_err(|e| Error::Invalid(format!("exec id: {e}")))?;
+        if container.execs.borrow().contains_key(exec_id) {
+            return Err(Error::Exists(format!("exec {exec_id} of container {}", container.id)));
+        }
+        container.must_run()?;
+        let spec: ProcessSpec = serde_json::from_slice(&request.spec.value)
+            .map_err(|e| Error::Invalid(format!("the process of exec {exec_id} cannot be read: {e}")))?;
+        bundle::check_process(&spec)?;
+        let paths = Paths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        let process = Process::new(exec_id, paths);
+        process.spec.replace(request.spec.value.clone());
+        container.execs.borrow_mut().insert(exec_id.clone(), Rc::new(process));
+        let event = TaskExecAdded {
+            container_id: request.id.clone(),
+            exec_id: exec_id.clone(),
+            ..Default::default()
+        };
+        self.publisher.publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+        Ok(())
+    }
+
+    async fn start_exec(
+        self: &Rc<Self>,
+        container: &Rc<Container>,
+        process: &Rc<Process>,
+    ) -> Result<u32, Error> {
+        let started = self.run_exec(container, process).await;
+        match started {
+            Ok(relays) => {
+                process.started();
+                process.pid.set(self.pid);
+                let event = TaskExecStarted {
+                    container_id: container.id.clone(),
+                    exec_id: process.exec_id.clone(),
+                    pid: self.pid,
+                    ..Default::default()
+                };
+                self.publisher.publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+                tokio::task::spawn_local(self.clone().follow(container.clone(), process.clone(), relays));
+                Ok(self.pid)
+            }
+            Err(e) => {
+                // It never ran; who waits for it must not wait for ever.
+                process.ended(255);
+                process.held.take();
+                Err(e)
+            }
+        }
+    }
+
+    async fn run_exec(
+        &self,
+        container: &Container,
+        process: &Process,
+    ) -> Result<crate::sandbox::stdio::Relays, Error> {
+        container.must_run()?;
+        let vm = self.vm()?;
+        let owner = Owner { namespace: &self.namespace, container: &container.id };
+        let (mut host, held) = stdio::open(&process.paths, owner)?;
+        process.held.replace(held);
+        let wanted = host.wanted();
+        let streams = vm.connect_streams(wanted, &container.id, &process.exec_id)?;
+        let relays = host.relay(streams, || ()).map_err(super::io_error("relay the standard streams"))?;
+        let spec = process.spec.take();
+        match vm.agent.exec(&container.id, &process.exec_id, spec, wanted).await {
+            Ok(_) => Ok(relays),
+            Err(e) => Err(self.explain("run the process", e).await),
+        }
+    }
+
+    /// Signals a process, or all of a container's.
+    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        if process.stage() == Stage::Stopped {
+            return Err(Error::NotFound(format!("process {} has ended already", named(id, exec_id))));
+        }
+        if container.is_pause {
+            return self.kill_pause(&container, signal).await;
+        }
+        if !exec_id.is_empty() && process.stage() == Stage::Created {
+            return Err(Error::Precondition(format!("process {} has not been started", named(id, exec_id))));
+        }
+        match self.vm()?.agent.signal(id, exec_id, signal as i32, all).await {
+            Ok(()) => Ok(()),
+            // Ended in the guest, its output is still on its way here.
+            Err(crate::sandbox::agent::Error::Refused(reason)) if reason.contains("has ended") => {
+                Err(Error::NotFound(format!("process {} has ended already", named(id, exec_id))))
+            }
+            Err(e) => Err(self.explain("signal the process", e).await),
+        }
+    }
+
+    /// What a pause process does: it ends when asked to, and the pod with it.
+    async fn kill_pause(&self, container: &Container, signal: u32) -> Result<(), Error> {
+        let code = match signal as i32 {
+            0 => return Ok(()),
+            libc::SIGTERM | libc::SIGINT => 0,
+            libc::SIGKILL => KILLED,
+            _ => return Ok(()),
+        };
+        let _order = container.init.order.lock().await;
+        if container.init.exit().is_none() {
+            let exited = container.init.ended(code);
+            self.report(&container.id, &container.init, exited);
+            self.end("the pod has been stopped");
+        }
+        Ok(())
+    }
+
+    /// Freezes a container or lets it go on.
+    pub async fn freeze(&self, id: &str, freeze: bool) -> Result<(), Error> {
+        let container = self.container(id)?;
+        container.must_run()?;
+        let vm = self.vm()?;
+        let done = if freeze { vm.agent.pause(id).await } else { vm.agent.resume(id).await };
+        if let Err(e) = done {
+            return Err(self.explain("freeze or thaw the container", e).await);
+        }
+        container.paused.set(freeze);
+        if freeze {
+            let event = TaskPaused { container_id: id.into(), ..Default::default() };
+            self.publisher.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event);
+        } else {
+            let event = TaskResumed { container_id: id.into(), ..Default::default() };
+            self.publisher.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
+        }
+        Ok(())
+    }
+
+    /// Sets the size of a process's terminal.
+    pub async fn resize(&self, id: &str, exec_id: &str, rows: u16, columns: u16) -> Result<(), Error> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        if process.stage() == Stage::Stopped {
+            return Err(Error::NotFound(format!("process {} has ended already", named(id, exec_id))));
+        }
+        match self.vm()?.agent.resize(id, exec_id, rows, columns).await {
+            Ok(()) => Ok(()),
+            Err(e) => Err(self.explain("resize the terminal", e).await),
+        }
+    }
+
+    /// Applies new limits, a `linux.resources` object in JSON.
+    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), Error> {
+        let container = self.container(id)?;
+        if container.is_pause {
+            // There is no process for which it could mean anything.
+            return Ok(());
+        }
+        match self.vm()?.agent.update(id, resources).await {
+            Ok(()) => Ok(()),
+            Err(e) => Err(self.explain("update the container's limits", e).await),
+        }
+    }
+
+    /// Reads a container's accounts; those of a pod's sandbox are all zero.
+    pub async fn stats(&self, id: &str) -> Result<Metrics, Error> {
+        let container = self.container(id)?;
+        if container.is_pause {
+            return Ok(stats::metrics(&StatsResponse::default()));
+        }
+        if container.init.stage() == Stage::Stopped {
+            return Err(Error::NotFound(format!("container {id} has ended, its accounts")));
+        }
+        match self.vm()?.agent.stats(id).await {
+            Ok(answer) => Ok(stats::metrics(&answer)),
+            Err(e) => Err(self.explain("read the container's accounts", e).await),
+        }
+    }
+
+    /// Removes a process that has ended; with an init, its container.
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, Exited), Error> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        if process.stage() == Stage::Running {
+            return Err(Error::Precondition(format!("process {} has not ended", named(id, exec_id))));
+        }
+        if !exec_id.is_empty() {
+            let exited = process.ended(KILLED);
+            container.execs.borrow_mut().remove(exec_id);
+            return Ok((process.pid.get(), exited));
+        }
+        if process.stage() == Stage::Created && !container.is_pause {
+            // Made, but never started: it goes as if it had been killed.
+            self.kill(id, "", libc::SIGKILL as u32, true).await?;
+            process.wait().await;
+        }
+        let exited = process.ended(KILLED);
+        if !container.is_pause {
+            self.forget(&container).await;
+        }
+        self.containers.borrow_mut().remove(id);
+        process.held.take();
+        let event = TaskDelete {
+            container_id: id.into(),
+            pid: process.pid.get(),
+            exit_status: exited.code,
+            exited_at: MessageField::some(timestamp(exited.at)),
+            ..Default::default()
+        };
+        self.publisher.publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
+        Ok((process.pid.get(), exited))
+    }
+
+    /// What a container leaves in the guest and in the share. The VM may be gone, and all of it with it.
+    async fn forget(&self, container: &Container) {
+        let hooks = container.hooks.poststop();
+        if let Ok(vm) = self.vm() {
+            if let Err(e) = vm.agent.delete(&container.id).await {
+                tracing::warn!(container = container.id, "the guest did not remove the container: {e}");
+            }
+            vm.unshare(&container.id);
+        }
+        rootfs::unmount_all(&container.bundle.join(ROOTFS));
+        if let Some(list) = hooks.as_ref().filter(|list| !list.is_empty()) {
+            let state = hook_state(&container.id, &container.bundle, self.pid, "stopped");
+            // The runtime specification: logged, and the rest goes on.
+            if let Err(e) = self.run_last_hooks(list, state).await {
+                tracing::warn!(container = container.id, "{e}");
+            }
+        }
+    }
+}
+
+/// A container's state as the runtime specification has it, for hooks.
+fn hook_state(id: &str, bundle: &Path, pid: u32, status: &str) -> Vec<u8> {
+    let spec = bundle::read_spec(bundle).ok();
+    let annotations = spec.as_ref().and_then(|spec| spec.annotations().clone()).unwrap_or_default();
+    let version = spec.as_ref().map_or("1.0.2", |spec| spec.version().as_str());
+    serde_json::json!({
+        "ociVersion": version,
+        "id": id,
+        "status": status,
+        "pid": pid,
+        "bundle": bundle,
+        "annotations": annotations,
+    })
+    .to_string()
+    .into_bytes()
+}
+
+fn named(id: &str, exec_id: &str) -> String {
+    if exec_id.is_empty() { id.into() } else { format!("{exec_id} of {id}") }
+}

@@ -1,0 +1,184 @@
+//! A containerd of one's own: its configuration, its state and its shim in a directory that goes with it, and an
+//! image from the lab's busybox tree.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use super::program::{Ended, Program, Stdin};
+use super::{HANG, Rootfs, Runtime, host_scratch};
+
+/// Where shims and containerd's own parts have their state, whatever its configuration says.
+const SHARED_STATE: &str = "/run/containerd";
+/// The image's name.
+pub const IMAGE: &str = "docker.io/lab/busybox:latest";
+/// The runtime's type.
+pub const RUNTIME: &str = "io.containerd.stockade.v2";
+
+/// A running containerd. Dropping it ends it and removes what it has made.
+pub struct Containerd {
+    dir: TempDir,
+    daemon: Child,
+    /// [`SHARED_STATE`] was there before.
+    shared: bool,
+}
+
+impl Containerd {
+    /// Starts one and gives it the image.
+    pub fn start() -> Self {
+        let dir = host_scratch();
+        let at = dir.path();
+        let bin = at.join("bin");
+        fs::create_dir(&bin).unwrap();
+        let stockade = Runtime::under_test().guest_dir().join("../../bin/stockade");
+        symlink(stockade, bin.join("containerd-shim-stockade-v2")).unwrap();
+        let path = |name: &str| at.join(name).display().to_string();
+        let config = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = {:?}\n",
+            path("root"),
+            path("state"),
+            path("socket"),
+        );
+        fs::write(at.join("config.toml"), config).unwrap();
+        let shared = Path::new(SHARED_STATE).exists();
+        fs::create_dir_all(SHARED_STATE).unwrap();
+        let daemon = spawn(at);
+        let this = Containerd { dir, daemon, shared };
+        this.wait_until_it_answers();
+        this.ctr(&["image", "import", &image(this.dir.path()).display().to_string()]).code(0);
+        this
+    }
+
+    /// Kills it and starts it again over the same state.
+    pub fn kill_and_restart(&mut self) {
+        self.stop();
+        self.daemon = spawn(self.dir.path());
+        self.wait_until_it_answers();
+    }
+
+    fn stop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+
+    fn wait_until_it_answers(&self) {
+        let begin = Instant::now();
+        while !self.command(&["version"]).output().expect("run ctr").status.success() {
+            let log = || fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+            assert!(begin.elapsed() < HANG, "containerd does not answer:\n{}", log());
+        }
+    }
+
+    /// What shims keep of tasks of containerd's default namespace.
+    pub fn state_of_shims(&self) -> Vec<String> {
+        let state = Path::new(SHARED_STATE).join("stockade/default");
+        let entries = fs::read_dir(state).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path().display().to_string()).collect()
+    }
+
+    /// A call of ctr(8).
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(self.dir.path().join("socket")).args(words);
+        command
+    }
+
+    /// Calls ctr(8) and waits for its end.
+    #[track_caller]
+    pub fn ctr(&self, words: &[&str]) -> Ended {
+        Program::spawn(self.command(words), Stdin::Null).finish()
+    }
+
+    /// Begins `ctr run` of the image under the shim.
+    pub fn start_run(&self, options: &[&str], id: &str, command: &[&str]) -> Program {
+        let words = [&["run", "--runtime", RUNTIME], options, &[IMAGE, id], command].concat();
+        Program::spawn(self.command(&words), Stdin::Null)
+    }
+
+    /// The state of a task: RUNNING, STOPPED, …; empty without one.
+    #[track_caller]
+    pub fn status(&self, id: &str) -> String {
+        let list = self.ctr(&["task", "ls"]).ok();
+        let line = list.lines().find(|line| line.split_whitespace().next() == Some(id));
+        line.and_then(|line| line.split_whitespace().nth(2)).unwrap_or_default().to_owned()
+    }
+
+    /// The process that stands for a task.
+    #[track_caller]
+    pub fn pid(&self, id: &str) -> i32 {
+        let list = self.ctr(&["task", "ls"]).ok();
+        let line = list.lines().find(|line| line.split_whitespace().next() == Some(id));
+        line.and_then(|line| line.split_whitespace().nth(1)).expect("a task").parse().expect("a pid")
+    }
+
+    /// Waits until a task has this state.
+    #[track_caller]
+    pub fn wait_status(&self, id: &str, status: &str) {
+        let begin = Instant::now();
+        while self.status(id) != status {
+            assert!(begin.elapsed() < HANG, "{id} is {:?} and not {status}", self.status(id));
+        }
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        self.stop();
+        // What a failed case has left mounted is below this directory, and goes first.
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mut below: Vec<&str> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).collect();
+        below.retain(|place| Path::new(place).starts_with(self.dir.path()));
+        for place in below.into_iter().rev() {
+            let _ = nix::mount::umount2(place, nix::mount::MntFlags::MNT_DETACH);
+        }
+        if !self.shared {
+            let _ = fs::remove_dir_all(SHARED_STATE);
+        }
+    }
+}
+
+fn spawn(at: &Path) -> Child {
+    let log = fs::File::options().create(true).append(true).open(at.join("log")).unwrap();
+    let path = format!("{}:{}", at.join("bin").display(), std::env::var("PATH").unwrap_or_default());
+    Command::new("containerd")
+        .arg("--config")
+        .arg(at.join("config.toml"))
+        .env("PATH", path)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .expect("start containerd")
+}
+
+/// An archive as `docker save` writes it, of one layer.
+fn image(at: &Path) -> PathBuf {
+    let make = at.join("image");
+    fs::create_dir(&make).unwrap();
+    let tar = |archive: &str, from: &Path, names: &[&str]| {
+        let status =
+            Command::new("tar").arg("-C").arg(from).arg("-cf").arg(make.join(archive)).args(names).status();
+        assert!(status.expect("run tar").success());
+    };
+    tar("layer.tar", &Rootfs::Busybox.path(), &["."]);
+    let digest = Sha256::digest(fs::read(make.join("layer.tar")).unwrap());
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let config = serde_json::json!({
+        "architecture": "amd64", "os": "linux", "config": { "Env": ["PATH=/bin"], "Cmd": ["sh"] },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
+    });
+    fs::write(make.join("config.json"), config.to_string()).unwrap();
+    let name = IMAGE.trim_start_matches("docker.io/");
+    let manifest = serde_json::json!([
+        { "Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"] }
+    ]);
+    fs::write(make.join("manifest.json"), manifest.to_string()).unwrap();
+    tar("image.tar", &make, &["manifest.json", "config.json", "layer.tar"]);
+    make.join("image.tar")
+}
