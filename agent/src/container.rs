@@ -61,6 +61,8 @@ pub struct Container {
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     /// What the init has to say when it is started; taken by the start.
     unstarted: Mutex<Option<Reports>>,
+    /// libcontainer's state calls it running, so that processes may join it.
+    joinable: Mutex<bool>,
     seccomp: Option<LinuxSeccomp>,
     ids: Ids,
 }
@@ -186,6 +188,7 @@ impl Containers {
             init,
             execs: Mutex::default(),
             unstarted: Mutex::new(Some(helper.into_reports())),
+            joinable: Mutex::new(false),
             ids: adapted.ids,
             seccomp: adapted.spec.linux().as_ref().and_then(|l| l.seccomp().clone()),
         })
@@ -235,6 +238,7 @@ impl Containers {
             let capabilities = spec::lend_sys_admin(&mut process);
             ExecSeccomp { filter, capabilities }
         });
+        container.make_joinable()?;
         // The name has a character that no exec id has, so it is not another exec's.
         let file = PathBuf::from(BUNDLE_DIR).join(&container.id).join(format!("process={exec_id}"));
         let json = serde_json::to_vec(&process)
@@ -246,15 +250,14 @@ impl Containers {
         let path = file.clone();
         let mut helper = Helper::fork(&self.reaper, move |reporter| {
             let workload = Workload::new(reporter, facts.wants_home, seccomp, None);
-            let made =
-                mark_running(&name).and_then(|()| builder(&name, workload, child)).and_then(|builder| {
-                    builder
-                        .with_console_socket(console_path)
-                        .as_tenant()
-                        .with_detach(true)
-                        .with_process(Some(path))
-                        .build()
-                });
+            let made = builder(&name, workload, child).and_then(|builder| {
+                builder
+                    .with_console_socket(console_path)
+                    .as_tenant()
+                    .with_detach(true)
+                    .with_process(Some(path))
+                    .build()
+            });
             match made {
                 Ok(pid) => Record::Done(Some(Pid::from_raw(pid.as_raw()))),
                 Err(e) => failed(&e),
@@ -401,6 +404,19 @@ impl Container {
         UnixStream::connect(format!("/proc/self/fd/{}/notify.sock", dir.as_raw_fd())).map(drop)
     }
 
+    /// libcontainer lets a process join only a container that its state calls running. Said once, before the first
+    /// exec's helper is there: libcontainer's way to write its state leaves a moment in which another reads half.
+    fn make_joinable(&self) -> Result<(), Error> {
+        let mut joinable = lock(&self.joinable);
+        if !*joinable {
+            State::load(Path::new(STATE_DIR).join(&self.id))
+                .and_then(|mut state| state.set_status(ContainerStatus::Running).save())
+                .map_err(|e| Error::Internal(format!("marking container {:?} as running: {e}", self.id)))?;
+            *joinable = true;
+        }
+        Ok(())
+    }
+
     /// Its init, started or not, has not ended.
     fn must_live(&self) -> Result<(), Error> {
         if !self.init.is_alive() {
@@ -482,15 +498,6 @@ fn builder(id: &str, workload: Workload, child: ChildEnds) -> Result<ContainerBu
         .with_root_path(STATE_DIR)?;
     (builder.stdin, builder.stdout, builder.stderr) = (child.stdin, child.stdout, child.stderr);
     Ok(builder)
-}
-
-/// libcontainer lets a process join only a container that its state calls running.
-fn mark_running(id: &str) -> Result<(), LibcontainerError> {
-    let mut state = State::load(Path::new(STATE_DIR).join(id))?;
-    if state.status() != ContainerStatus::Running {
-        state.set_status(ContainerStatus::Running).save()?;
-    }
-    Ok(())
 }
 
 /// A libcontainer error with what caused it, in one line.

@@ -11,6 +11,7 @@ pub const CASES: &[Case] = &[
     case!(exec_options_set_environment_user_and_directory),
     case!(process_file_describes_the_exec),
     case!(two_execs_run_at_once),
+    case!(first_execs_that_come_together_all_run),
     case!(detached_exec_has_a_host_process),
     case!(exec_of_a_missing_command_is_named_and_harms_nothing),
     case!(exec_ends_with_its_container),
@@ -77,6 +78,17 @@ fn two_execs_run_at_once() {
     assert_eq!(second.finish().code(2).text(), "hello\nto the second\n");
     first.write("to the first\n");
     assert_eq!(first.finish().code(1).text(), "hello\nto the first\n");
+}
+
+fn first_execs_that_come_together_all_run() {
+    for _ in 0..3 {
+        let container = Runtime::under_test().idle();
+        let execs: Vec<_> =
+            (0..6).map(|i| container.start_exec(&[], &["echo", &i.to_string()], Stdin::Null)).collect();
+        for (i, mut exec) in execs.into_iter().enumerate() {
+            assert_eq!(exec.finish().ok(), format!("{i}\n"));
+        }
+    }
 }
 
 fn detached_exec_has_a_host_process() {
