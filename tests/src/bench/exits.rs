@@ -18,7 +18,7 @@ const SHOWN: usize = 12;
 /// Counts the exits of `plan.runs` runs.
 pub fn measure(plan: &Plan, runtime: &Runtime, results: &mut Results) -> Result<(), String> {
     let bundle = Bundle::new(&["echo", runtimes::GREETING])?;
-    runtime.run_echo(&bundle, None, results)?;
+    runtime.run_echo(&bundle, None)?;
     let all = Counter::new("kvm_exit", "exit_reason")?;
     let user = Counter::new("kvm_userspace_exit", "reason")?;
     let (mut totals, mut to_user) = (Vec::new(), Vec::new());
@@ -26,7 +26,7 @@ pub fn measure(plan: &Plan, runtime: &Runtime, results: &mut Results) -> Result<
     for run in 0..plan.runs {
         all.clear()?;
         user.clear()?;
-        runtime.run_echo(&bundle, None, results)?;
+        runtime.run_echo(&bundle, None)?;
         let counts = all.read()?;
         totals.push(counts.iter().map(|(_, count)| count).sum());
         to_user.push(user.read()?.iter().map(|(_, count)| count).sum());
@@ -55,14 +55,15 @@ pub fn measure(plan: &Plan, runtime: &Runtime, results: &mut Results) -> Result<
 }
 
 /// A hist trigger on one event of KVM, taken away again when dropped.
-struct Counter {
+pub struct Counter {
     folder: PathBuf,
     key: &'static str,
     names: BTreeMap<u64, String>,
 }
 
 impl Counter {
-    fn new(event: &str, key: &'static str) -> Result<Counter, String> {
+    /// Counts from now on.
+    pub fn new(event: &str, key: &'static str) -> Result<Counter, String> {
         let folder = PathBuf::from("/sys/kernel/tracing/events/kvm").join(event);
         let format =
             fs::read_to_string(folder.join("format")).or_say(format!("read the format of {event}"))?;
@@ -79,11 +80,13 @@ impl Counter {
         file.and_then(|mut file| file.write_all(text.as_bytes())).or_say(format!("set the trigger {text}"))
     }
 
-    fn clear(&self) -> Result<(), String> {
+    /// Begins again from zero.
+    pub fn clear(&self) -> Result<(), String> {
         self.trigger(&format!("hist:keys={}:clear", self.key))
     }
 
-    fn read(&self) -> Result<Vec<(String, f64)>, String> {
+    /// Reasons and how often each was there.
+    pub fn read(&self) -> Result<Vec<(String, f64)>, String> {
         let text = fs::read_to_string(self.folder.join("hist")).or_say("read the count of exits")?;
         let name = |number: u64| self.names.get(&number).cloned().unwrap_or_else(|| format!("{number:#x}"));
         Ok(counts(&text).into_iter().map(|(number, count)| (name(number), count)).collect())

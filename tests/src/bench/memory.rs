@@ -3,66 +3,130 @@
 //! PSS counts a page that n processes share as one n-th, so the sum over processes is what they take. For a
 //! VM it is split into the guest's memory, as far as the guest has touched it, and everything else.
 
-use super::runtimes::{Bundle, Runtime, readable_in_time};
+use super::runtimes::{Bundle, Idle, Runtime, start_until_ready};
 use super::{Context, Plan, result::Results};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
-use std::process::Stdio;
+use std::ops::{Add, Sub};
 use std::time::Duration;
 
-const CASE: &str = "idle";
 /// What a container may still do after it has said that it is ready. Costs nothing on the virtual clock.
 const SETTLE: Duration = Duration::from_secs(2);
 /// The smallest mapping that can be a guest's memory, in KiB.
 const GUEST_AT_LEAST: u64 = 64 * 1024;
+/// Says `ready` and idles.
+const WAIT: [&str; 3] = ["sh", "-c", "echo ready; exec sleep 100000"];
 
-/// Measures `plan.runs` containers, one after another.
-pub fn measure(plan: &Plan, runtime: &Runtime, results: &mut Results) -> Result<(), String> {
-    let bundle = Bundle::new(&["sh", "-c", "echo ready; exec sleep 100000"])?;
+/// An idle container: `plan.runs` of them, one after another.
+pub fn container(plan: &Plan, runtime: &Runtime, results: &mut Results) -> Result<(), String> {
+    let bundle = Bundle::new(&WAIT)?;
+    let id = "bench-idle";
     let mut samples = Vec::new();
     for _ in 0..plan.runs {
-        samples.push(one(runtime, &bundle)?);
+        let child = start_until_ready(&mut runtime.run_command(&bundle, id));
+        let pss = child.as_ref().map_err(Clone::clone).and_then(|child| settled_tree(child.id()));
+        match child {
+            Ok(child) => runtime.remove(child, id),
+            Err(_) => runtime.delete_by_force(id),
+        }
+        samples.push(pss?);
     }
-    let mut add = |metric: &str, value: fn(&Pss) -> f64| {
-        let values: Vec<f64> = samples.iter().map(value).collect();
-        results.add(CASE, &runtime.name, metric, "MiB", &values);
-    };
-    add("pss", |pss| pss.total / 1024.0);
-    if runtime.has_vm {
-        add("pss.guest_memory", |pss| pss.guest / 1024.0);
-        add("pss.vmm_overhead", |pss| (pss.total - pss.guest) / 1024.0);
-    }
+    add("idle", &runtime.name, runtime.has_vm, &samples, results);
     Ok(())
 }
 
+/// An exec that idles: the host process that stands for it, and what all of the container's processes grow by.
+pub fn exec(plan: &Plan, runtime: &Runtime, results: &mut Results) -> Result<(), String> {
+    let bundle = Bundle::idle()?;
+    let (mut own, mut private, mut growth) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..plan.runs {
+        let idle = Idle::start(runtime, &bundle, "bench-idle-exec")?;
+        let before = settled_tree(idle.pid as u32)?;
+        let mut exec = start_until_ready(&mut idle.exec(&WAIT))?;
+        let pss = settled_tree(exec.id());
+        // Where the exec's processes are the container's children already they are not counted twice.
+        let after = settled_tree(idle.pid as u32);
+        drop(idle);
+        let _ = exec.kill();
+        let _ = exec.wait();
+        let (pss, after) = (pss?, after?);
+        own.push(pss.total / 1024.0);
+        private.push(pss.private / 1024.0);
+        growth.push((after.total + pss.total - before.total) / 1024.0);
+    }
+    results.add("idle-exec", &runtime.name, "pss", "MiB", &own);
+    results.add("idle-exec", &runtime.name, "private", "MiB", &private);
+    results.add("idle-exec", &runtime.name, "growth", "MiB", &growth);
+    Ok(())
+}
+
+/// Rows for the whole, and for a VM its parts.
+pub fn add(case: &str, runtime: &str, has_vm: bool, samples: &[Pss], results: &mut Results) {
+    let mut add = |metric: &str, value: fn(&Pss) -> f64| {
+        let values: Vec<f64> = samples.iter().map(|pss| value(pss) / 1024.0).collect();
+        results.add(case, runtime, metric, "MiB", &values);
+    };
+    add("pss", |pss| pss.total);
+    if has_vm {
+        add("pss.guest_memory", |pss| pss.guest);
+        add("pss.vmm_overhead", |pss| pss.total - pss.guest);
+    }
+}
+
 /// In KiB.
-struct Pss {
-    total: f64,
-    guest: f64,
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pss {
+    /// All of it.
+    pub total: f64,
+    /// The part that is a guest's memory.
+    pub guest: f64,
+    /// What nobody else has: it goes with the processes.
+    pub private: f64,
 }
 
-fn one(runtime: &Runtime, bundle: &Bundle) -> Result<Pss, String> {
-    let id = "bench-idle";
-    let (mut output, stdout) = std::io::pipe().or_say("make a pipe")?;
-    let mut command = runtime.run_command(bundle, id);
-    let child = command
-        .stdin(Stdio::null())
-        .stdout(stdout)
-        .stderr(Stdio::null())
-        .spawn()
-        .or_say(format!("run {}", runtime.name))?;
-    drop(command);
-    let mut ready = [0; 6];
-    let came = readable_in_time(&output)? && output.read(&mut ready).or_say("wait for the container")? > 0;
+impl Add for Pss {
+    type Output = Pss;
+
+    fn add(self, other: Pss) -> Pss {
+        Pss {
+            total: self.total + other.total,
+            guest: self.guest + other.guest,
+            private: self.private + other.private,
+        }
+    }
+}
+
+impl Sub for Pss {
+    type Output = Pss;
+
+    fn sub(self, other: Pss) -> Pss {
+        let other = other.scaled(-1.0);
+        self + other
+    }
+}
+
+impl Pss {
+    /// A multiple of it.
+    pub fn scaled(self, by: f64) -> Pss {
+        Pss { total: self.total * by, guest: self.guest * by, private: self.private * by }
+    }
+}
+
+/// The PSS of a process and all its descendants, once they have come to rest.
+pub fn settled_tree(root: u32) -> Result<Pss, String> {
     std::thread::sleep(SETTLE);
-    let pss = came.then(|| pss_of_tree(child.id())).transpose();
-    runtime.remove(child, id);
-    pss?.ok_or_else(|| "the container did not become ready".into())
+    let mut children = children()?;
+    let mut sum = Pss::default();
+    let mut tree = vec![root];
+    while let Some(pid) = tree.pop() {
+        tree.extend(children.remove(&pid).unwrap_or_default());
+        sum = sum + of_process(pid)?;
+    }
+    Ok(sum)
 }
 
-/// The PSS of a process and all its descendants.
-fn pss_of_tree(root: u32) -> Result<Pss, String> {
+/// The children of each process.
+fn children() -> Result<BTreeMap<u32, Vec<u32>>, String> {
     let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     for entry in fs::read_dir("/proc").or_say("read /proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -71,25 +135,27 @@ fn pss_of_tree(root: u32) -> Result<Pss, String> {
         let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
         children.entry(parent.unwrap_or(0)).or_default().push(pid);
     }
-    let mut sum = Pss { total: 0.0, guest: 0.0 };
-    let mut tree = vec![root];
-    while let Some(pid) = tree.pop() {
-        tree.extend(children.remove(&pid).unwrap_or_default());
-        let smaps =
-            fs::read_to_string(format!("/proc/{pid}/smaps")).or_say(format!("read smaps of {pid}"))?;
-        let mappings = mappings(&smaps);
-        sum.total += mappings.iter().map(|mapping| mapping.pss).sum::<u64>() as f64;
-        sum.guest += guest_memory(&mappings) as f64;
-    }
-    Ok(sum)
+    Ok(children)
 }
 
-/// One mapping: addresses, file (empty: anonymous), PSS in KiB.
+fn of_process(pid: u32) -> Result<Pss, String> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).or_say(format!("read smaps of {pid}"))?;
+    let mappings = mappings(&smaps);
+    let sum = |value: fn(&Mapping) -> u64| mappings.iter().map(value).sum::<u64>() as f64;
+    Ok(Pss {
+        total: sum(|mapping| mapping.pss),
+        private: sum(|mapping| mapping.private),
+        guest: guest_memory(&mappings) as f64,
+    })
+}
+
+/// One mapping: addresses, file (empty: anonymous), PSS and private memory in KiB.
 struct Mapping {
     start: u64,
     end: u64,
     file: String,
     pss: u64,
+    private: u64,
 }
 
 /// Reads /proc/PID/smaps.
@@ -104,10 +170,13 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
         match (range, all.last_mut()) {
             (Some((start, end)), _) => {
                 let file = words.skip(4).collect::<Vec<_>>().join(" ");
-                all.push(Mapping { start, end, file, pss: 0 });
+                all.push(Mapping { start, end, file, pss: 0, private: 0 });
             }
             (None, Some(mapping)) if first == "Pss:" => {
                 mapping.pss = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
+            }
+            (None, Some(mapping)) if first.starts_with("Private_") && first != "Private_Hugetlb:" => {
+                mapping.private += words.next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
             }
             _ => {}
         }

@@ -14,15 +14,30 @@ const PITCH: f64 = 34.0;
 /// Told apart by people with any kind of colour vision (Okabe and Ito).
 const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"];
 
+/// Title, case and beginning of the metric of each panel; below the first come the phases.
+const PANELS: [(&str, &str, &str); 9] = [
+    ("run of echo, process start to exit", "run-echo", "time"),
+    ("VM exits of that run", "run-echo-exits", "exits"),
+    ("VM exits of that run, by reason", "run-echo-exits", "reason."),
+    ("create and start", "create-start", "time"),
+    ("exec of true in a container that runs", "exec-true", "time"),
+    ("delete of a container that has ended", "delete", "time"),
+    ("host memory of an idle container (PSS)", "idle", "pss"),
+    ("what it grows by with an idle exec (PSS)", "idle-exec", "growth"),
+    ("run of echo from an image in a warm store", "run-image", "time"),
+];
+
 /// The whole picture.
 pub fn render(results: &Results) -> String {
     let mut body = String::new();
     let mut y = 20.0;
-    y = panel(&mut body, y, "run of echo, process start to exit", results.of("run-echo", "time"));
-    y = phases(&mut body, y, results);
-    y = panel(&mut body, y, "VM exits of that run", results.of("run-echo-exits", "exits"));
-    y = panel(&mut body, y, "VM exits of that run, by reason", results.of("run-echo-exits", "reason."));
-    y = panel(&mut body, y, "host memory of an idle container (PSS)", results.of("idle", "pss"));
+    for (title, case, metric) in PANELS {
+        let rows: Vec<&Row> = results.of(case, metric).collect();
+        y = panel(&mut body, y, title, results, &rows);
+        if (case, metric) == ("run-echo", "time") {
+            y = phases(&mut body, y, results);
+        }
+    }
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {y}\" width=\"{WIDTH}\" height=\"{y}\" \
          font-family=\"sans-serif\" font-size=\"13\">\n<rect width=\"{WIDTH}\" height=\"{y}\" fill=\"white\"/>\n\
@@ -31,8 +46,8 @@ pub fn render(results: &Results) -> String {
 }
 
 /// One bar a row from zero to its median, a whisker from minimum to maximum. Returns where the next begins.
-fn panel<'a>(body: &mut String, top: f64, title: &str, rows: impl Iterator<Item = &'a Row>) -> f64 {
-    let rows: Vec<&Row> = rows.collect();
+fn panel(body: &mut String, top: f64, title: &str, results: &Results, rows: &[&Row]) -> f64 {
+    let goal = |row: &Row| goal(results, row).map(|(goal, _)| goal);
     let most = rows.iter().map(|row| row.max.max(goal(row).unwrap_or(0.0))).fold(0.0, f64::max);
     let Some(unit) = rows.first().map(|row| row.unit.clone()).filter(|_| most > 0.0) else { return top };
     let x = |value: f64| LEFT + value / most * (WIDTH - LEFT - RIGHT);
@@ -93,6 +108,10 @@ fn phases(body: &mut String, top: f64, results: &Results) -> f64 {
 fn heading(body: &mut String, top: f64, title: &str, unit: &str) -> f64 {
     let unit = match unit {
         "virtual_s" => "s of the virtual clock, 2 ns an instruction",
+        "virtual_us" => "µs of the virtual clock",
+        "MiB_per_virtual_s" => "MiB in a second of the virtual clock",
+        "per_virtual_s" => "in a second of the virtual clock",
+        "per_MiB" => "count",
         other => other,
     };
     let _ = writeln!(

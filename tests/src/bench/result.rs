@@ -55,6 +55,12 @@ impl Results {
         self.rows.iter().filter(move |row| row.case == case && row.metric.starts_with(prefix))
     }
 
+    /// The median of one figure, if it was measured.
+    pub fn median(&self, case: &str, runtime: &str, metric: &str) -> Option<f64> {
+        let same = |row: &&Row| (&*row.case, &*row.runtime, &*row.metric) == (case, runtime, metric);
+        self.rows.iter().find(same).map(|row| row.median)
+    }
+
     /// An array of all rows.
     pub fn to_json(&self) -> String {
         // Strings and finite numbers always serialise.

@@ -1,21 +1,14 @@
-//! The runtimes that are compared, and one run of one of them.
+//! The runtimes that are compared, their bundles, and what every case does with them.
 
 use super::Context;
-use super::result::Results;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use serde_json::json;
-use std::io::{PipeReader, Read};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use super::program::{self, Ended, LIMIT, readable_in_time};
+use serde_json::{Value, json};
+use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Instant;
+use std::process::{Child, Command, Stdio};
 
 /// What `echo` says in every run.
 pub const GREETING: &str = "hello";
-
-/// Seconds of the build machine's time after which a run has stalled. The virtual clock is no measure for that:
-/// while the lab waits for its disk, which works in real time, it jumps ahead by as much as it likes.
-const LIMIT: u64 = 60;
 
 /// Names of VM-isolated runtimes with runc's command line, beside stockade.
 const OTHER_VM_RUNTIMES: [&str; 3] = ["krun", "runv", "kata-runtime"];
@@ -29,14 +22,6 @@ pub struct Runtime {
     pub has_vm: bool,
     /// Whether it writes down the phases of a start.
     pub has_timeline: bool,
-}
-
-/// What one run took.
-pub struct Run {
-    /// From before fork to after wait, in seconds of the lab's clock.
-    pub seconds: f64,
-    /// CLOCK_MONOTONIC before fork and after wait, in nanoseconds.
-    pub span_ns: (u64, u64),
 }
 
 impl Runtime {
@@ -53,125 +38,68 @@ impl Runtime {
             .collect()
     }
 
-    /// One `run` of a bundle that says [`GREETING`], checked for its output and exit code. One that stalls is
-    /// ended and tried once more, with a note.
-    pub fn run_echo(
-        &self,
-        bundle: &Bundle,
-        timeline: Option<&Path>,
-        results: &mut Results,
-    ) -> Result<Run, String> {
-        match self.try_echo(bundle, timeline)? {
-            Some(run) => return Ok(run),
-            None => {
-                results.notes.push(format!("{}: a run stalled for {LIMIT} s and was repeated", self.name))
-            }
-        }
-        self.try_echo(bundle, timeline)?.ok_or_else(|| format!("two runs in a row stalled for {LIMIT} s"))
-    }
-
-    /// None when it stalled.
-    fn try_echo(&self, bundle: &Bundle, timeline: Option<&Path>) -> Result<Option<Run>, String> {
-        let id = "bench-echo";
-        let (mut output, stdout) = std::io::pipe().or_say("make a pipe")?;
-        let (mut errors, stderr) = std::io::pipe().or_say("make a pipe")?;
-        let mut command = self.run_command(bundle, id);
-        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
-        if let Some(path) = timeline {
-            command.env("STOCKADE_TIMELINE", path);
-        }
-        let before = monotonic_ns();
-        let start = Instant::now();
-        let mut child = command.spawn().or_say(format!("run {}", self.name))?;
-        let status = wait_for(&mut child)?;
-        let seconds = start.elapsed().as_secs_f64();
-        let after = monotonic_ns();
-        drop(command);
-        let Some(status) = status else {
-            self.remove(child, id);
-            return Ok(None);
-        };
-        let (output, errors) = (read_available(&mut output)?, read_available(&mut errors)?);
-        if !status.success() || output != format!("{GREETING}\n") {
-            return Err(format!("{} run: {status}, stdout {output:?}, stderr {errors:?}", self.name));
-        }
-        Ok(Some(Run { seconds, span_ns: (before, after) }))
+    /// A call of it.
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(&self.name);
+        command.args(words);
+        command
     }
 
     /// The command that runs a bundle.
     pub fn run_command(&self, bundle: &Bundle, id: &str) -> Command {
-        let mut command = Command::new(&self.name);
-        command.args(["run", "--bundle"]).arg(bundle.folder.path()).arg(id);
+        let mut command = self.command(&["run", "--bundle"]);
+        command.arg(bundle.folder.path()).arg(id);
         command
+    }
+
+    /// One `run` of a bundle that says [`GREETING`], checked for its output and exit code.
+    pub fn run_echo(&self, bundle: &Bundle, timeline: Option<&Path>) -> Result<Ended, String> {
+        let id = "bench-echo";
+        let mut command = self.run_command(bundle, id);
+        if let Some(path) = timeline {
+            command.env("STOCKADE_TIMELINE", path);
+        }
+        match program::run(&mut command)? {
+            Ok(ended) => says_greeting(&command, ended),
+            Err(child) => {
+                self.remove(child, id);
+                Err(format!("{} run stalled for {LIMIT} s", self.name))
+            }
+        }
     }
 
     /// Ends a run by force. Twice, because one that has stalled may hold its container until it is killed.
     pub fn remove(&self, mut child: Child, id: &str) {
-        let delete = || Command::new(&self.name).args(["delete", "--force", id]).output();
-        let _ = delete();
+        self.delete_by_force(id);
         let _ = child.kill();
         let _ = child.wait();
-        let _ = delete();
+        self.delete_by_force(id);
+    }
+
+    /// Removes a container, if there is one.
+    pub fn delete_by_force(&self, id: &str) {
+        let _ = self.command(&["delete", "--force", id]).stdin(Stdio::null()).output();
+    }
+
+    /// Creates a container; the pid that it is known by and what the command took.
+    pub fn create(&self, bundle: &Bundle, id: &str) -> Result<(i32, Ended), String> {
+        let pid_file = bundle.folder.path().join("pid");
+        let mut command = self.command(&["create", "--bundle"]);
+        command.arg(bundle.folder.path()).arg("--pid-file").arg(&pid_file).arg(id);
+        let ended = program::succeed(&mut command)?;
+        let pid = std::fs::read_to_string(&pid_file).or_say("read the pid file")?;
+        Ok((pid.trim().parse().or_say("read the pid file")?, ended))
     }
 }
 
-/// What is in a pipe now. It holds more than any run here writes, and a process that a runtime left behind
-/// with the other end is no reason to wait.
-fn read_available(pipe: &mut PipeReader) -> Result<String, String> {
-    let mut text = Vec::new();
-    let mut buffer = [0; 4096];
-    while readable(pipe, PollTimeout::ZERO)? {
-        match pipe.read(&mut buffer).or_say("read a run's output")? {
-            0 => break,
-            n => text.extend_from_slice(buffer.get(..n).unwrap_or_default()),
-        }
+/// A run whose output must be [`GREETING`].
+pub fn says_greeting(command: &Command, ended: Ended) -> Result<Ended, String> {
+    if ended.status.success() && ended.stdout == format!("{GREETING}\n") {
+        return Ok(ended);
     }
-    Ok(String::from_utf8_lossy(&text).into_owned())
-}
-
-/// The exit status; none when the limit came first.
-fn wait_for(child: &mut Child) -> Result<Option<ExitStatus>, String> {
-    // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id() as libc::pid_t, 0) };
-    if fd < 0 {
-        return Err(format!("watch a run: {}", std::io::Error::last_os_error()));
-    }
-    // SAFETY: the descriptor was just made and is owned by nobody else.
-    let process = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    match readable_in_time(&process)? {
-        true => child.wait().map(Some).or_say("wait for a run"),
-        false => Ok(None),
-    }
-}
-
-/// Whether a descriptor becomes readable before a run counts as stalled.
-pub fn readable_in_time(fd: &impl AsFd) -> Result<bool, String> {
-    let start = outer_seconds()?;
-    loop {
-        if readable(fd, PollTimeout::from(1000u16))? {
-            return Ok(true);
-        }
-        if outer_seconds()? > start + LIMIT {
-            return Ok(false);
-        }
-    }
-}
-
-/// The build machine's time in seconds: QEMU's real-time clock follows that one.
-fn outer_seconds() -> Result<u64, String> {
-    let text =
-        std::fs::read_to_string("/sys/class/rtc/rtc0/since_epoch").or_say("read the real-time clock")?;
-    text.trim().parse().or_say("read the real-time clock")
-}
-
-fn readable(fd: &impl AsFd, limit: PollTimeout) -> Result<bool, String> {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, limit).map(|ready| ready > 0).or_say("wait for a run")
-}
-
-fn monotonic_ns() -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
-    now.map(|now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64).unwrap_or_default()
+    let Ended { status, stdout, stderr, .. } = ended;
+    let name = command.get_program().to_string_lossy();
+    Err(format!("{name} run: {status}, stdout {stdout:?}, stderr {stderr:?}"))
 }
 
 fn on_path(name: &str) -> bool {
@@ -179,26 +107,82 @@ fn on_path(name: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
-/// A bundle over the lab's busybox root.
+/// A container that runs and does nothing. Dropping it removes it.
+pub struct Idle<'a> {
+    runtime: &'a Runtime,
+    /// Its id.
+    pub id: &'static str,
+    /// The host process that stands for it.
+    pub pid: i32,
+}
+
+impl<'a> Idle<'a> {
+    /// Creates and starts it.
+    pub fn start(runtime: &'a Runtime, bundle: &Bundle, id: &'static str) -> Result<Idle<'a>, String> {
+        runtime.delete_by_force(id);
+        let (pid, _) = runtime.create(bundle, id)?;
+        let idle = Idle { runtime, id, pid };
+        program::succeed(&mut runtime.command(&["start", id]))?;
+        Ok(idle)
+    }
+
+    /// A command that runs another process in it.
+    pub fn exec(&self, words: &[&str]) -> Command {
+        let mut command = self.runtime.command(&["exec", self.id]);
+        command.args(words);
+        command
+    }
+}
+
+impl Drop for Idle<'_> {
+    fn drop(&mut self) {
+        self.runtime.delete_by_force(self.id);
+    }
+}
+
+/// Starts a program whose first output is the line `ready`, and waits for that.
+pub fn start_until_ready(command: &mut Command) -> Result<Child, String> {
+    let (mut output, stdout) = std::io::pipe().or_say("make a pipe")?;
+    let child = command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::null()).spawn();
+    let mut child = child.or_say(format!("run {}", command.get_program().to_string_lossy()))?;
+    command.stdout(Stdio::null());
+    let mut ready = [0; 6];
+    if readable_in_time(&output)? && output.read(&mut ready).or_say("wait for a container")? > 0 {
+        return Ok(child);
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    Err("the container did not become ready".into())
+}
+
+/// A bundle over one of the lab's roots.
 pub struct Bundle {
     folder: tempfile::TempDir,
+    config: Value,
 }
 
 impl Bundle {
-    /// What `runc spec` writes, with this command and no terminal.
+    /// What `runc spec` writes, with this command in the busybox root and no terminal.
     pub fn new(argv: &[&str]) -> Result<Bundle, String> {
         let folder = tempfile::tempdir().or_say("make a bundle")?;
-        let spec = Command::new("runc").args(["spec", "--bundle"]).arg(folder.path()).status();
-        if !spec.or_say("run runc spec")?.success() {
-            return Err("runc spec failed".into());
-        }
-        let path = folder.path().join("config.json");
-        let text = std::fs::read_to_string(&path).or_say("read config.json")?;
-        let mut config: serde_json::Value = serde_json::from_str(&text).or_say("read config.json")?;
+        program::succeed(Command::new("runc").args(["spec", "--bundle"]).arg(folder.path()))?;
+        let text = std::fs::read_to_string(folder.path().join("config.json")).or_say("read config.json")?;
+        let mut config: Value = serde_json::from_str(&text).or_say("read config.json")?;
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(argv);
         config["root"] = json!({ "path": "/bundles/busybox/rootfs", "readonly": true });
-        std::fs::write(&path, config.to_string()).or_say("write config.json")?;
-        Ok(Bundle { folder })
+        let bundle = Bundle { folder, config };
+        bundle.save()?;
+        Ok(bundle)
+    }
+
+    /// One that does nothing for ever.
+    pub fn idle() -> Result<Bundle, String> {
+        Bundle::new(&["sleep", "100000"])
+    }
+
+    fn save(&self) -> Result<(), String> {
+        std::fs::write(self.folder.path().join("config.json"), self.config.to_string())
+            .or_say("write config.json")
     }
 }

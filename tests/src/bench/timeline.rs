@@ -20,19 +20,25 @@ struct Mark {
 }
 
 /// Measures the phases of `plan.runs` runs and adds a row for each.
-pub fn measure(plan: &Plan, runtime: &Runtime, bundle: &Bundle, results: &mut Results) -> Result<(), String> {
+pub fn measure(
+    case: &str,
+    plan: &Plan,
+    runtime: &Runtime,
+    bundle: &Bundle,
+    results: &mut Results,
+) -> Result<(), String> {
     let folder = tempfile::tempdir().or_say("make a temporary folder")?;
     let file = folder.path().join("timeline.json");
     let mut all: Vec<Vec<(String, f64)>> = Vec::new();
     for _ in 0..plan.runs {
-        let run = runtime.run_echo(bundle, Some(&file), results)?;
+        let run = runtime.run_echo(bundle, Some(&file))?;
         all.push(phases(&file, run.span_ns)?);
     }
     let names: Vec<String> = all.first().into_iter().flatten().map(|(name, _)| name.clone()).collect();
     for name in names {
         let samples: Vec<f64> =
             all.iter().flatten().filter(|(other, _)| *other == name).map(|(_, time)| *time).collect();
-        results.add("run-echo", &runtime.name, &format!("phase.{name}"), "virtual_s", &samples);
+        results.add(case, &runtime.name, &format!("phase.{name}"), "virtual_s", &samples);
     }
     Ok(())
 }

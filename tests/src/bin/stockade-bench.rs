@@ -9,16 +9,16 @@ use stockade_tests::bench::{self, CASES, Plan};
 use stockade_tests::lab::{self, Clock, Lab};
 
 const USAGE: &str = "\
-stockade-bench [--runs N] [--runtime NAME] [--case NAME] [--stage DIR] [--out DIR]
+stockade-bench [--runs N] [--runtime NAME] [--stage DIR] [--out DIR] [CASE...]
 
   --runs N        measured runs for each figure, after one that warms up (default 5, at least 1)
   --runtime NAME  only this one of stockade, runc, crun and whatever else is found
-  --case NAME     only this one of run-echo, run-echo-exits, idle
   --stage DIR     bin/stockade and lib/stockade to measure (default $STOCKADE_STAGE, <target directory>/stage)
-  --out DIR       for results.json and bench.svg (default <target directory>/bench)";
+  --out DIR       for results.json and bench.svg (default <target directory>/bench)
+  CASE            only these cases:";
 
-/// Wall-clock limit for all of it; the whole takes some two minutes on an idle two-core machine.
-const LIMIT: Duration = Duration::from_secs(900);
+/// Wall-clock limit for all of it.
+const LIMIT: Duration = Duration::from_secs(1800);
 
 struct Arguments {
     plan: Plan,
@@ -47,13 +47,20 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Strin
     // <target directory>/<target triple>/<profile>/stockade-bench
     let target = exe.ancestors().nth(3).unwrap_or(Path::new("target")).to_path_buf();
     let stage = std::env::var_os("STOCKADE_STAGE").map_or_else(|| target.join("stage"), PathBuf::from);
-    let plan = Plan { runs: 5, runtime: None, case: None };
+    let plan = Plan { runs: 5, runtime: None, cases: Vec::new() };
     let mut parsed = Arguments { plan, stage, out: target.join("bench") };
     while let Some(argument) = arguments.next() {
-        if !argument.starts_with("--") || argument == "--help" {
-            return Err(format!("usage:\n{USAGE}"));
+        if argument == "--help" {
+            return Err(usage());
         }
-        let value = arguments.next().ok_or_else(|| format!("{argument} needs a value\n{USAGE}"))?;
+        if !argument.starts_with("--") {
+            if CASES.iter().all(|case| case.name != argument) {
+                return Err(format!("there is no case {argument}\n{}", usage()));
+            }
+            parsed.plan.cases.push(argument);
+            continue;
+        }
+        let value = arguments.next().ok_or_else(|| format!("{argument} needs a value\n{}", usage()))?;
         match argument.as_str() {
             "--runs" => {
                 let runs = value.parse().ok().filter(|runs| *runs > 0);
@@ -61,14 +68,17 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Strin
                     runs.ok_or_else(|| format!("--runs {value}: not a number of at least 1"))?;
             }
             "--runtime" => parsed.plan.runtime = Some(value),
-            "--case" if CASES.contains(&value.as_str()) => parsed.plan.case = Some(value),
-            "--case" => return Err(format!("--case {value}: there are {}", CASES.join(", "))),
             "--stage" => parsed.stage = value.into(),
             "--out" => parsed.out = value.into(),
-            _ => return Err(format!("unknown argument {argument}\n{USAGE}")),
+            _ => return Err(format!("unknown argument {argument}\n{}", usage())),
         }
     }
     Ok(parsed)
+}
+
+fn usage() -> String {
+    let cases: String = CASES.iter().map(|case| format!("\n    {:<16}{}", case.name, case.about)).collect();
+    format!("usage:\n{USAGE}{cases}")
 }
 
 /// Boots the lab on its virtual clock and measures there; once more when the lab itself fails.
