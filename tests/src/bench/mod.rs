@@ -9,7 +9,9 @@ mod exits;
 mod image;
 mod lifecycle;
 mod memory;
+mod network;
 mod plot;
+pub mod probe;
 mod program;
 mod result;
 mod runtimes;
@@ -54,6 +56,11 @@ pub const CASES: &[Case] = &[
     case("idle", "memory of a container", all, memory::container),
     case("idle-exec", "memory of an exec", all, memory::exec),
     case("run-image", "run of echo from an image", no_other_vms, image::measure),
+    case("create-start-net", "create and start with an interface", all, network::start),
+    case("run-echo-net", "run of echo with an interface", all, network::run),
+    case("net-tcp", "TCP throughput", not_crun, network::throughput),
+    case("net-latency", "round trips", not_crun, network::latency),
+    case("net-packets", "64-byte datagrams", not_crun, network::packets),
 ];
 
 type Asks = fn(&Runtime) -> bool;
@@ -73,6 +80,11 @@ fn in_vms(runtime: &Runtime) -> bool {
 
 fn no_other_vms(runtime: &Runtime) -> bool {
     !runtime.has_vm || runtime.name == "stockade"
+}
+
+/// With a network crun's containers are runc's: the kernel's.
+fn not_crun(runtime: &Runtime) -> bool {
+    runtime.name != "crun"
 }
 
 trait Context<T> {

@@ -15,7 +15,7 @@ const PITCH: f64 = 34.0;
 const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"];
 
 /// Title, case and beginning of the metric of each panel; below the first come the phases.
-const PANELS: [(&str, &str, &str); 9] = [
+const PANELS: [(&str, &str, &str); 16] = [
     ("run of echo, process start to exit", "run-echo", "time"),
     ("VM exits of that run", "run-echo-exits", "exits"),
     ("VM exits of that run, by reason", "run-echo-exits", "reason."),
@@ -25,6 +25,13 @@ const PANELS: [(&str, &str, &str); 9] = [
     ("host memory of an idle container (PSS)", "idle", "pss"),
     ("what it grows by with an idle exec (PSS)", "idle-exec", "growth"),
     ("run of echo from an image in a warm store", "run-image", "time"),
+    ("create and start with a network interface", "create-start-net", "time"),
+    ("run of echo with a network interface", "run-echo-net", "time"),
+    ("TCP from the container to the host", "net-tcp-out", "throughput"),
+    ("TCP from the host to the container", "net-tcp-in", "throughput"),
+    ("one byte to the host and back", "net-latency", "round_trip"),
+    ("64-byte datagrams from the container", "net-packets", "rate"),
+    ("VM exits of a MiB from the container to the host", "net-tcp-out", "exits"),
 ];
 
 /// The whole picture.

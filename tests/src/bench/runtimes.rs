@@ -159,6 +159,8 @@ pub fn start_until_ready(command: &mut Command) -> Result<Child, String> {
 pub struct Bundle {
     folder: tempfile::TempDir,
     config: Value,
+    /// The host's own root is mounted on `rootfs` in it.
+    mounted: bool,
 }
 
 impl Bundle {
@@ -171,7 +173,7 @@ impl Bundle {
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(argv);
         config["root"] = json!({ "path": "/bundles/busybox/rootfs", "readonly": true });
-        let bundle = Bundle { folder, config };
+        let bundle = Bundle { folder, config, mounted: false };
         bundle.save()?;
         Ok(bundle)
     }
@@ -181,8 +183,44 @@ impl Bundle {
         Bundle::new(&["sleep", "100000"])
     }
 
+    /// Lives in this network namespace.
+    pub fn in_namespace(mut self, path: &str) -> Result<Bundle, String> {
+        let list = self.config["linux"]["namespaces"].as_array_mut().ok_or("runc spec has no namespaces")?;
+        list.retain(|namespace| namespace["type"] != "network");
+        list.push(json!({ "type": "network", "path": path }));
+        self.save()?;
+        Ok(self)
+    }
+
+    /// Has the host's own root as its root, read-only and without what is mounted in it, and the programs that were
+    /// brought into the lab on /mnt.
+    pub fn with_host_programs(mut self) -> Result<Bundle, String> {
+        let root = self.folder.path().join("rootfs");
+        std::fs::create_dir(&root).or_say("make a root")?;
+        let flags = nix::mount::MsFlags::MS_BIND;
+        nix::mount::mount(Some("/"), &root, None::<&str>, flags, None::<&str>).or_say("mount the root")?;
+        self.mounted = true;
+        self.config["root"] = json!({ "path": "rootfs", "readonly": true });
+        let mounts = self.config["mounts"].as_array_mut().ok_or("runc spec has no mounts")?;
+        mounts.push(json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs" }));
+        mounts.push(json!({
+            "destination": "/mnt", "type": "bind", "source": "/payload/bin", "options": ["bind", "ro"]
+        }));
+        self.save()?;
+        Ok(self)
+    }
+
     fn save(&self) -> Result<(), String> {
         std::fs::write(self.folder.path().join("config.json"), self.config.to_string())
             .or_say("write config.json")
+    }
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        if self.mounted {
+            let root = self.folder.path().join("rootfs");
+            let _ = nix::mount::umount2(&root, nix::mount::MntFlags::MNT_DETACH);
+        }
     }
 }

@@ -6,11 +6,14 @@ use std::fmt::Write;
 /// What stockade is to reach: a case and a metric, and how they are judged. Firecracker 1.17 needs 0.27 s on this
 /// clock and 2,282 exits merely to boot an untuned kernel to an init that reboots at once; Kata Containers 4.1 takes
 /// 112 MiB, and 1.34 s from `ctr run` to its end.
-const GOALS: [(&str, &str, Goal); 4] = [
+const GOALS: [(&str, &str, Goal); 7] = [
     ("run-echo", "time", Goal::AtMost(0.27)),
     ("run-echo-exits", "exits", Goal::AtMost(2282.0)),
     ("idle", "pss", Goal::AtMost(50.0)),
     ("exec-true", "time", Goal::TimesRuncs(2.0)),
+    ("create-start-net", "added", Goal::AtMost(0.015)),
+    ("net-tcp-out", "throughput", Goal::ShareOfRuncs(0.5)),
+    ("net-tcp-in", "throughput", Goal::ShareOfRuncs(0.5)),
 ];
 
 #[derive(Clone, Copy)]
@@ -18,6 +21,8 @@ enum Goal {
     AtMost(f64),
     /// At most so many times runc's figure, if that was measured.
     TimesRuncs(f64),
+    /// At least this share of it.
+    ShareOfRuncs(f64),
 }
 
 /// The goal for a row, if it has one: a limit, and whether the row is to be at or below it.
@@ -29,6 +34,7 @@ pub fn goal(results: &Results, row: &Row) -> Option<(f64, bool)> {
     match GOALS.iter().find(same)?.2 {
         Goal::AtMost(limit) => Some((limit, true)),
         Goal::TimesRuncs(times) => Some((runcs()? * times, true)),
+        Goal::ShareOfRuncs(times) => Some((runcs()? * times, false)),
     }
 }
 
@@ -114,8 +120,11 @@ mod tests {
         results.add("exec-true", "stockade", "time", "virtual_s", &[0.1]);
         assert!(!render(&results).contains('≤'));
         results.add("exec-true", "runc", "time", "virtual_s", &[0.06]);
+        results.add("net-tcp-in", "stockade", "throughput", "MiB_per_virtual_s", &[499.0]);
+        results.add("net-tcp-in", "runc", "throughput", "MiB_per_virtual_s", &[1000.0]);
         let text = render(&results);
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[1].ends_with("≤ 0.1200 reached"), "{text}");
+        assert!(lines[3].ends_with("≥ 500 MISSED"), "{text}");
     }
 }

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
-use stockade_tests::bench::{self, CASES, Plan};
+use stockade_tests::bench::{self, CASES, Plan, probe};
 use stockade_tests::lab::{self, Clock, Lab};
 
 const USAGE: &str = "\
@@ -28,7 +28,13 @@ struct Arguments {
 
 fn main() -> ExitCode {
     lab::init_if_booted();
-    let result = parse(std::env::args().skip(1)).and_then(|arguments| match lab::inside() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let [role, address, count] = &words[..]
+        && role == probe::ROLE
+    {
+        return round_trips(address, count);
+    }
+    let result = parse(words.into_iter()).and_then(|arguments| match lab::inside() {
         true => bench::measure(&arguments.plan, Path::new("/out")),
         false => in_the_lab(&arguments),
     });
@@ -79,6 +85,21 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Strin
 fn usage() -> String {
     let cases: String = CASES.iter().map(|case| format!("\n    {:<16}{}", case.name, case.about)).collect();
     format!("usage:\n{USAGE}{cases}")
+}
+
+/// In a container: what a case there asks for.
+fn round_trips(address: &str, count: &str) -> ExitCode {
+    let count = count.parse().unwrap_or_default();
+    match probe::round_trips(address, count) {
+        Ok(nanoseconds) => {
+            println!("{nanoseconds}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("round trips to {address}: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Boots the lab on its virtual clock and measures there; once more when the lab itself fails.
