@@ -5,6 +5,7 @@
 //! exits are counted beside it. Each figure is the minimum, median and maximum of several runs after one that
 //! warms the caches up. A case that fails, as when a run stalls, is tried once more, and the report says so.
 
+mod containerd;
 mod exits;
 mod image;
 mod lifecycle;
@@ -61,6 +62,9 @@ pub const CASES: &[Case] = &[
     case("net-tcp", "TCP throughput", not_crun, network::throughput),
     case("net-latency", "round trips", not_crun, network::latency),
     case("net-packets", "64-byte datagrams", not_crun, network::packets),
+    case("ctr-run-echo", "ctr run of echo", has_shim, containerd::run),
+    case("ctr-second", "a sandbox's next container", has_shim, containerd::second),
+    case("ctr-idle", "memory of many sandboxes", has_shim, containerd::idle),
 ];
 
 type Asks = fn(&Runtime) -> bool;
@@ -85,6 +89,10 @@ fn no_other_vms(runtime: &Runtime) -> bool {
 /// With a network crun's containers are runc's: the kernel's.
 fn not_crun(runtime: &Runtime) -> bool {
     runtime.name != "crun"
+}
+
+fn has_shim(runtime: &Runtime) -> bool {
+    containerd::kind(runtime).is_some()
 }
 
 trait Context<T> {

@@ -15,7 +15,7 @@ const PITCH: f64 = 34.0;
 const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"];
 
 /// Title, case and beginning of the metric of each panel; below the first come the phases.
-const PANELS: [(&str, &str, &str); 16] = [
+const PANELS: [(&str, &str, &str); 22] = [
     ("run of echo, process start to exit", "run-echo", "time"),
     ("VM exits of that run", "run-echo-exits", "exits"),
     ("VM exits of that run, by reason", "run-echo-exits", "reason."),
@@ -31,6 +31,12 @@ const PANELS: [(&str, &str, &str); 16] = [
     ("TCP from the host to the container", "net-tcp-in", "throughput"),
     ("one byte to the host and back", "net-latency", "round_trip"),
     ("64-byte datagrams from the container", "net-packets", "rate"),
+    ("ctr run --rm of echo", "ctr-run-echo", "time"),
+    ("the same in a sandbox that runs", "ctr-second", "time"),
+    ("what a sandbox grows by with a second container (PSS)", "ctr-second", "pss"),
+    ("host memory of an idle sandbox under containerd (PSS)", "ctr-idle-1", "pss"),
+    ("each of 5", "ctr-idle-5", "pss"),
+    ("each of 20", "ctr-idle-20", "pss"),
     ("VM exits of a MiB from the container to the host", "net-tcp-out", "exits"),
 ];
 

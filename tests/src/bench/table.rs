@@ -6,7 +6,7 @@ use std::fmt::Write;
 /// What stockade is to reach: a case and a metric, and how they are judged. Firecracker 1.17 needs 0.27 s on this
 /// clock and 2,282 exits merely to boot an untuned kernel to an init that reboots at once; Kata Containers 4.1 takes
 /// 112 MiB, and 1.34 s from `ctr run` to its end.
-const GOALS: [(&str, &str, Goal); 7] = [
+const GOALS: [(&str, &str, Goal); 12] = [
     ("run-echo", "time", Goal::AtMost(0.27)),
     ("run-echo-exits", "exits", Goal::AtMost(2282.0)),
     ("idle", "pss", Goal::AtMost(50.0)),
@@ -14,6 +14,11 @@ const GOALS: [(&str, &str, Goal); 7] = [
     ("create-start-net", "added", Goal::AtMost(0.015)),
     ("net-tcp-out", "throughput", Goal::ShareOfRuncs(0.5)),
     ("net-tcp-in", "throughput", Goal::ShareOfRuncs(0.5)),
+    ("ctr-run-echo", "time", Goal::AtMost(0.6)),
+    ("ctr-second", "time", Goal::TimesRuncs(2.0)),
+    ("ctr-idle-1", "pss", Goal::AtMost(50.0)),
+    ("ctr-idle-5", "pss", Goal::AtMost(50.0)),
+    ("ctr-idle-20", "pss", Goal::AtMost(50.0)),
 ];
 
 #[derive(Clone, Copy)]
