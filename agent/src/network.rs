@@ -159,25 +159,20 @@ fn set_link(kernel: &mut Connection, link: &Link, index: u32) -> Result<(), Erro
     for (setting, value) in &link.settings {
         write_setting(name, setting, &value.to_string())?;
     }
-    if has_link_local_of_another_kind(link) {
+    if has_link_local(link) {
+        // The kernel here is not to make one as well. It would be of another kind than an ipvlan's, which shares its
+        // MAC address, and unusable at first: who else has it is asked for a second, which the host has done.
         write_setting(name, "ipv6/addr_gen_mode", GENERATE_NONE)?;
     }
-    // Addresses of the link's own making are known to be nobody else's: the namespace on the host had them first.
-    let dad = setting_path(name, "ipv6/accept_dad")?;
-    let accept_dad = fs::read_to_string(&dad).unwrap_or_default();
-    let quiet = link.up && fs::write(&dad, "0").is_ok();
-
     let mut message = LinkMessage::default();
     message.header.index = index;
     message.header.change_mask = LinkFlags::Up | LinkFlags::Noarp;
     message.header.flags.set(LinkFlags::Up, link.up);
     message.header.flags.set(LinkFlags::Noarp, link.no_arp);
     message.attributes = vec![LinkAttribute::Mtu(link.mtu), LinkAttribute::TxQueueLen(link.tx_queue_length)];
-    let up = kernel.request(RouteNetlinkMessage::SetLink(message), 0);
-    if quiet {
-        fs::write(&dad, accept_dad.trim()).map_err(|e| Error::os(format!("writing {dad}"), e))?;
-    }
-    up.map_err(|e| Error::os(format!("setting up the network device {name}"), e))?;
+    kernel
+        .request(RouteNetlinkMessage::SetLink(message), 0)
+        .map_err(|e| Error::os(format!("setting up the network device {name}"), e))?;
     if link.up {
         settle(kernel, name, index)?;
     }
@@ -187,17 +182,11 @@ fn set_link(kernel: &mut Connection, link: &Link, index: u32) -> Result<(), Erro
     Ok(())
 }
 
-/// Whether the host has given the interface a link-local address, but not the one that the kernel here would make for
-/// it (RFC 4291, appendix A): an ipvlan for example has one of its own kind, since it shares its MAC address.
-fn has_link_local_of_another_kind(link: &Link) -> bool {
-    let locals = || {
-        link.addresses.iter().map(|address| address.local.as_slice()).filter(|local| {
-            <[u8; 16]>::try_from(*local).is_ok_and(|local| Ipv6Addr::from(local).is_unicast_link_local())
-        })
-    };
-    let [a, b, c, d, e, f] = link.mac[..] else { return false };
-    let made_here = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f];
-    locals().next().is_some() && !locals().any(|local| local == made_here)
+/// Whether the host has given the interface a link-local address. One without carrier has none yet.
+fn has_link_local(link: &Link) -> bool {
+    link.addresses.iter().any(|address| {
+        <[u8; 16]>::try_from(&*address.local).is_ok_and(|local| Ipv6Addr::from(local).is_unicast_link_local())
+    })
 }
 
 /// Asks for the link, by which the kernel brings its state up to date: of itself it does so once a second, and until
@@ -372,29 +361,5 @@ mod tests {
             setting_path("eth0", "ipv6/disable_ipv6").unwrap(),
             "/proc/sys/net/ipv6/conf/eth0/disable_ipv6"
         );
-    }
-
-    #[test]
-    fn only_a_link_local_address_of_another_kind_is_left_alone() {
-        let link = |addresses: &[[u8; 16]]| Link {
-            mac: vec![0x62, 0xfe, 0x56, 0x19, 0xc7, 0xb6],
-            addresses: addresses
-                .iter()
-                .map(|local| Address { local: local.to_vec(), ..Default::default() })
-                .collect(),
-            ..Default::default()
-        };
-        let own = "fe80::60fe:56ff:fe19:c7b6".parse::<Ipv6Addr>().unwrap().octets();
-        let other = "fe80::62fe:5600:119:c7b6".parse::<Ipv6Addr>().unwrap().octets();
-        let global = "2001:db8::1".parse::<Ipv6Addr>().unwrap().octets();
-        for (addresses, expected) in [
-            (&[][..], false),
-            (&[global], false),
-            (&[own], false),
-            (&[other, own], false),
-            (&[global, other], true),
-        ] {
-            assert_eq!(has_link_local_of_another_kind(&link(addresses)), expected, "{addresses:?}");
-        }
     }
 }
