@@ -345,7 +345,10 @@ impl Arrival {
             fs::rename(&new, &path)?;
             File::open(&layers)?.sync_all()
         };
-        settle().map_err(|source| Error::Io { what: "complete", path: path.clone(), source })?;
+        if let Err(source) = settle() {
+            self.abandon(false);
+            return Err(Error::Io { what: "complete", path, source });
+        }
         self.finish();
         Ok(())
     }
@@ -424,6 +427,20 @@ mod tests {
         assert!(store.layer(&diff_id).is_dir());
         assert_eq!(store.layer_size(&diff_id), 5);
         assert!(store.names(PARTIAL).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_layer_that_cannot_be_completed_leaves_nothing() {
+        let (_dir, store) = store();
+        let diff_id = Digest::of(b"layer");
+        let arrival = store.begin_layer(&diff_id).unwrap();
+        arrival.room().unwrap();
+        arrival.partial().write_all(b"downloaded").unwrap();
+        // Where its tree is to be.
+        fs::write(store.layer(&diff_id).parent().unwrap(), "in the way").unwrap();
+        arrival.complete(10, &[]).unwrap_err();
+        assert_eq!(store.names(PARTIAL).unwrap(), [""; 0]);
+        assert_eq!(store.names(LAYERS).unwrap(), [diff_id.hex()]);
     }
 
     #[test]
