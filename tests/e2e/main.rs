@@ -32,6 +32,7 @@ mod wall;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use harness::CallWatch;
 use stockade_tests::lab::{self, Lab};
 
 fn main() -> ExitCode {
@@ -74,9 +75,19 @@ fn main() -> ExitCode {
         wall::CASES,
     ]
     .concat();
+    let watch = (harness::Runtime::under_test().is_stockade() && !arguments.list).then(CallWatch::begin);
     let before = harness::Traces::now();
     let conclusion = libtest_mimic::run(&arguments, harness::into_trials(&cases));
-    if harness::leave_nothing(&before) { conclusion.exit_code() } else { ExitCode::from(101) }
+    let mut clean = harness::leave_nothing(&before);
+    if let Some(watch) = watch {
+        let used = watch.end();
+        if lab::inside() {
+            harness::calls::tell(&used);
+        } else if arguments.filter.is_none() && arguments.skip.is_empty() {
+            clean &= harness::calls::compare(used);
+        }
+    }
+    if clean { conclusion.exit_code() } else { ExitCode::from(101) }
 }
 
 /// The installation under test, with `bin` and `lib/stockade`: what the stages behind the Makefile name, or what

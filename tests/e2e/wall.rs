@@ -4,16 +4,19 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::harness::{Bundle, Case, Container, Runtime, Stdin, case, vmm_of};
+use crate::harness::{Bundle, Case, Container, Exit, Hijacked, Runtime, Stdin, case, vmm_of};
 
 const VMM: &str = "the VMM process";
 
 pub const CASES: &[Case] = &[
     case!(vmm_is_in_namespaces_of_its_own).stockade_only(VMM),
     case!(vmm_sees_its_share_and_nothing_else_of_the_host).stockade_only(VMM),
-    case!(vmm_threads_have_no_capabilities_but_the_file_servers).stockade_only(VMM),
+    case!(vmm_threads_have_filters_and_no_capabilities_but_the_file_servers).stockade_only(VMM),
     case!(vmm_holds_no_descriptor_of_its_caller).stockade_only(VMM),
     case!(files_of_all_owners_are_served_from_the_jail).stockade_only(VMM),
+    case!(operations_of_all_kinds_on_files_pass_the_filter),
+    case!(a_file_server_taken_over_reaches_nothing_but_the_share).stockade_only(VMM),
+    case!(a_thread_taken_over_dies_of_what_it_does_not_need).stockade_only(VMM),
 ];
 
 fn vmm(container: &Container) -> i32 {
@@ -68,7 +71,7 @@ fn vmm_sees_its_share_and_nothing_else_of_the_host() {
     assert!(root.split(' ').nth(5).unwrap().starts_with("ro,"), "{root}");
 }
 
-fn vmm_threads_have_no_capabilities_but_the_file_servers() {
+fn vmm_threads_have_filters_and_no_capabilities_but_the_file_servers() {
     let container = Runtime::under_test().idle();
     let process = format!("/proc/{}", vmm(&container));
     assert_eq!(status(Path::new(&process), "NoNewPrivs"), "1");
@@ -88,6 +91,9 @@ fn vmm_threads_have_no_capabilities_but_the_file_servers() {
         }
         assert_eq!(status(&task, "CapInh"), "0000000000000000", "{name}");
         assert_eq!(status(&task, "CapAmb"), "0000000000000000", "{name}");
+        // SECCOMP_MODE_FILTER. A helper of KVM's, for which the kernel makes a thread here, runs nothing of ours.
+        let filtered = status(&task, "Seccomp") == "2";
+        assert!(filtered || name.starts_with("kvm-"), "{name} has no filter");
         names.push(name);
     }
     assert!(names.iter().any(|name| name == "fs") && names.iter().any(|name| name == "vcpu0"), "{names:?}");
@@ -146,4 +152,85 @@ fn files_of_all_owners_are_served_from_the_jail() {
     assert_eq!(fs::read_to_string(&file).unwrap(), "new\n");
     let own = fs::metadata(dir.path().join("own")).unwrap();
     assert_eq!((own.uid(), own.gid(), own.mode() & 0o7777), (7, 8, 0o4755));
+}
+
+fn operations_of_all_kinds_on_files_pass_the_filter() {
+    let dir = crate::harness::host_scratch();
+    // Numbers of system calls that no program of the image makes: setxattr, listxattr, getxattr, removexattr.
+    let script = r#"set -e; cd /v
+        mkdir d; mkfifo d/pipe; ln -s pipe d/link; readlink d/link; echo text > d/file; ln d/file d/hard
+        mv d/hard d/moved; chmod 640 d/file; chown 7:8 d/file; truncate -s 9000 d/file; touch -d @1000000000 d/file
+        fallocate -l 20000 d/full; dd if=/dev/zero of=d/synced bs=4k count=1 conv=fsync 2> /dev/null
+        dd if=/dev/zero of=d/data bs=4k count=1 conv=fdatasync 2> /dev/null
+        stat -c '%n %s %u:%g %a %Y' d/file; stat -c '%n %s' d/full d/synced d/data; stat -f -c %l .; ls d
+        perl -e '$x = "\0" x 9; $p = "d/file"; $n = "user.x"; $v = "value";
+            printf "%d %d ", syscall(188, $p, $n, $v, 5, 0), syscall(194, $p, my $l = "\0" x 64, 64);
+            printf "%d %s ", syscall(191, $p, $n, $x, 9), substr($x, 0, 5);
+            printf "%d\n", syscall(197, $p, $n)'
+        perl -e 'open F, "+<", "d/file"; sysseek(F, 8192, 0); printf "%d\n", sysread(F, $b, 100)'
+        echo more >> d/file; rm d/pipe d/link d/moved; rm -r d; ls"#;
+    let bundle = Bundle::debian(script)
+        .bind(dir.path(), "/v", &[])
+        .capability("CAP_CHOWN")
+        .capability("CAP_DAC_OVERRIDE")
+        .capability("CAP_FOWNER");
+    let text = Runtime::under_test().run(&bundle).code(0).text();
+    let expected = "pipe\nd/file 9000 7:8 640 1000000000\nd/full 20000\nd/synced 4096\nd/data 4096\n255\n\
+                    data\nfile\nfull\nlink\nmoved\npipe\nsynced\n0 7 5 value 0\n100\n";
+    assert_eq!(text, expected);
+}
+
+/// What the file server could do if a guest ran code in it: it alone may open files.
+fn a_file_server_taken_over_reaches_nothing_but_the_share() {
+    let container = Runtime::under_test().idle();
+    let mut thread = Hijacked::thread(vmm(&container), "fs");
+    let open = |thread: &mut Hijacked, path: &str, flags: i32| {
+        let path = thread.text(path);
+        thread.call(libc::SYS_openat, [libc::AT_FDCWD as u64, path, flags as u64, 0])
+    };
+    // Names of the host, and ways out of the share.
+    for path in [
+        "/etc/passwd",
+        "/proc/1/mem",
+        "/proc/self/mem",
+        "/proc/kallsyms",
+        "/sys/kernel",
+        "/dev/kvm",
+        "/dev/mem",
+    ]
+    .into_iter()
+    .map(str::to_owned)
+    .chain([format!("/share/{}{}", "../".repeat(20), "etc/passwd"), "/share/../run".into()])
+    {
+        assert_eq!(open(&mut thread, &path, libc::O_RDONLY), Ok(-i64::from(libc::ENOENT)), "{path}");
+    }
+    // Its own root is what the jail says, and nothing can be made in it.
+    assert_eq!(open(&mut thread, "/new", libc::O_CREAT | libc::O_WRONLY), Ok(-i64::from(libc::EROFS)));
+    let new = thread.text("/new");
+    let made = thread.call(libc::SYS_mknodat, [libc::AT_FDCWD as u64, new, libc::S_IFIFO.into(), 0]);
+    assert_eq!(made, Ok(-i64::from(libc::EROFS)));
+    assert!(open(&mut thread, "/share", libc::O_PATH).is_ok_and(|fd| fd >= 0));
+    // It has no capability to give itself.
+    assert_eq!(thread.call(libc::SYS_setresuid, [1, 1, 1, 0]), Ok(0));
+    drop(thread);
+    container.op_with(&["delete", "--force"], &[]).ok();
+}
+
+fn a_thread_taken_over_dies_of_what_it_does_not_need() {
+    let bystander = Runtime::under_test().idle();
+    let calls = [
+        ("fs", libc::SYS_socket, libc::AF_UNIX as u64),
+        ("vcpu0", libc::SYS_clone, libc::SIGCHLD as u64),
+        ("stockade-vmm", libc::SYS_execve, 0),
+    ];
+    for (name, number, argument) in calls {
+        let container = Runtime::under_test().start(&Bundle::idle(), Stdin::Null);
+        container.program.expect_line("ready");
+        let mut thread = Hijacked::thread(vmm_of(container.program.pid()).expect("a VMM"), name);
+        assert_eq!(thread.call(number, [argument, 0, 0, 0]), Err(libc::SIGSYS), "{name}");
+        let ended = container.finish();
+        assert!(ended.stderr.contains("a system call that its jail forbids"), "{ended:?}");
+        assert_ne!(ended.exit, Exit::Code(0));
+    }
+    assert_eq!(bystander.exec("echo unharmed").ok(), "unharmed\n");
 }

@@ -18,6 +18,7 @@ pub mod slots;
 mod vcpu;
 pub mod virtio;
 
+pub use jail::calls;
 pub use machine::{GUEST_CID, MAX_VCPUS, SHARE_TAG};
 pub use process::run;
 pub use virtio::fs::DESCRIPTORS;

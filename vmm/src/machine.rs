@@ -187,7 +187,8 @@ impl Shell {
         let mut devices = vec![(Slot::VSOCK, vsock), (Slot::FS, fs), (Slot::RNG, rng::new(io.clone()))];
         let mut plugs = Vec::new();
         for (index, slot) in Slot::NET.into_iter().enumerate().filter(|_| boot.network) {
-            let (device, plug) = net::new(format!("net{index}"));
+            let (device, plug) = net::new(format!("net{index}"))
+                .map_err(|source| Error::Device { name: "network", source })?;
             devices.push((slot, device));
             plugs.push(plug);
         }

@@ -14,7 +14,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::control::{self, Event, Received, Server, StopReason, Timeline};
 use crate::io_loop::{Control, EventSet, IoLoop, IoLoopError, Worker};
-use crate::jail;
+use crate::jail::{self, Kind};
 use crate::machine::{self, Files, Shell};
 use crate::vcpu::Handle;
 use crate::virtio::net::{Interface, Plug};
@@ -50,7 +50,7 @@ pub(crate) fn run_confined(
     confine: impl FnOnce(OwnedFd) -> Result<(), jail::Error>,
 ) -> ExitCode {
     let entered_ns = now();
-    let _ = rustix::thread::set_name(c"stockade-vmm");
+    let _ = rustix::thread::set_name(c"stockade-vmm-up");
     // Both fail only for arguments that do not exist. A console without a reader must not kill the VM.
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     // SAFETY: ignoring a signal runs no handler.
@@ -108,6 +108,7 @@ fn serve(
     }));
     timeline.first_run_ns = now();
     outbox.send(Event::Started(timeline));
+    jail::close_thread(Kind::Io, "stockade-vmm")?;
     vcpus.resume();
     // The machine is dropped after the loop: a vCPU that waits for the loop is let go by the loop's end.
     Ok(io_loop.run()?)

@@ -234,7 +234,13 @@ fn describe(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
         (Some(signal), _) => {
             let name = nix::sys::signal::Signal::try_from(signal).map_or("an unknown signal", |s| s.as_str());
-            format!("it was killed by {name}")
+            match signal {
+                // Its filters' answer (seccomp(2)); the kernel tells nobody else which call it was.
+                libc::SIGSYS => format!(
+                    "it was killed by {name}: it made a system call that its jail forbids, which the host's kernel log names"
+                ),
+                _ => format!("it was killed by {name}"),
+            }
         }
         (None, Some(code)) => format!("it exited with code {code}"),
         (None, None) => "it ended".into(),
@@ -248,6 +254,7 @@ mod tests {
     #[test]
     fn a_death_is_described_by_its_signal_or_code() {
         assert_eq!(describe(ExitStatus::from_raw(9)), "it was killed by SIGKILL");
+        assert!(describe(ExitStatus::from_raw(31)).contains("a system call that its jail forbids"));
         assert_eq!(describe(ExitStatus::from_raw(3 << 8)), "it exited with code 3");
     }
 }

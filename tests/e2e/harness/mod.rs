@@ -6,8 +6,10 @@
 //! case fails with everything known about what hung.
 
 mod bundle;
+pub mod calls;
 mod cases;
 mod containerd;
+mod hijack;
 mod image;
 mod leaks;
 mod network;
@@ -18,8 +20,10 @@ mod stream;
 mod terminal;
 
 pub use bundle::{Bundle, Rootfs, host_scratch};
+pub use calls::CallWatch;
 pub use cases::{Case, into_trials, leave_nothing};
 pub use containerd::Containerd;
+pub use hijack::Hijacked;
 pub use image::{Images, Layer, digest};
 pub use leaks::Traces;
 pub use network::{Cni, Netns, tool, unique};

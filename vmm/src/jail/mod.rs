@@ -72,7 +72,9 @@ pub enum Error {
         source: io::Error,
     },
     /// the kernel does not take a filter
-    #[error("cannot filter the system calls of the VMM's {thread} thread: {source}; the kernel needs CONFIG_SECCOMP_FILTER")]
+    #[error(
+        "cannot filter the system calls of the VMM's {thread} thread: {source}; the kernel needs CONFIG_SECCOMP_FILTER"
+    )]
     Filter {
         /// Its name.
         thread: String,

@@ -26,6 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
 use crate::control::StopReason;
+use crate::jail::{self, Kind};
 
 /// Stack of a vCPU thread in bytes: exits are handled a few calls deep.
 const STACK: usize = 256 << 10;
@@ -113,8 +114,12 @@ impl Vcpus {
         let mut this = Vcpus { threads: Vec::with_capacity(vcpus.len()), shared };
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let shared = Arc::clone(&this.shared);
-            let thread = std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK);
-            let thread = thread.spawn(move || run(id, vcpu, &shared))?;
+            let thread = std::thread::Builder::new().stack_size(STACK);
+            let thread =
+                thread.spawn(move || match jail::close_thread(Kind::Vcpu, &format!("vcpu{id}")) {
+                    Ok(()) => run(id, vcpu, &shared),
+                    Err(error) => shared.leave(Some(StopReason::Error(error.to_string()))),
+                })?;
             lock(&this.shared.gate).threads.push(thread.as_pthread_t());
             this.threads.push(thread);
         }

@@ -13,6 +13,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+mod thread;
 pub mod vsock;
 
 #[cfg(test)]

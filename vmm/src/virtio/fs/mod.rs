@@ -16,6 +16,7 @@ use std::io;
 use limits::Limits;
 pub use limits::WANTED as DESCRIPTORS;
 
+use super::thread::DeviceThread;
 use super::{ActivateError, Activation, ConfigSpace, Device, F_EVENT_IDX, F_INDIRECT_DESC, Running};
 
 const TYPE_FS: u32 = 26;
@@ -36,12 +37,12 @@ pub fn new(tag: &str, share: &str) -> io::Result<Box<dyn Device>> {
     config[..n].copy_from_slice(&tag.as_bytes()[..n]);
     // num_request_queues
     config.extend(1u32.to_le_bytes());
-    let thread = worker::FsThread::start(share.into(), Limits::of_process())?;
+    let thread = worker::start(share.into(), Limits::of_process())?;
     Ok(Box::new(Fs { thread, config: ConfigSpace::new(config) }))
 }
 
 struct Fs {
-    thread: worker::FsThread,
+    thread: DeviceThread<Activation>,
     config: ConfigSpace,
 }
 
@@ -64,6 +65,6 @@ impl Device for Fs {
     }
 
     fn activate(&self, activation: Activation) -> Result<Box<dyn Running>, ActivateError> {
-        self.thread.serve(activation)
+        Ok(Box::new(self.thread.begin(activation)?))
     }
 }

@@ -122,20 +122,6 @@ impl Share {
     }
 }
 
-/// Lets the calling thread create files as another user without losing its capabilities for that moment.
-///
-/// The guest has checked permissions, with supplementary groups that are not known here: without this,
-/// creating a file in a directory that belongs to such a group would fail. Needs CAP_SETPCAP; without it
-/// the host's own checks apply on top.
-pub fn keep_capabilities() {
-    const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
-    // SAFETY: prctl with integer arguments changes nothing but this thread's credentials.
-    let done = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) };
-    if done != 0 {
-        tracing::debug!("fs thread cannot keep its capabilities across changes of user");
-    }
-}
-
 /// FOPEN_NOFLUSH: no FLUSH request when the file is closed. Nothing of a file that is only read could be
 /// flushed, and every request saved is two thread switches and half a dozen VM exits.
 fn no_flush() -> OpenOptions {

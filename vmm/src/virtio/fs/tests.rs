@@ -64,6 +64,9 @@ impl Mount {
         let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("stockade-fs-test-{}-{n}", std::process::id()));
         std::fs::create_dir_all(dir.join("share")).unwrap();
+        // As the jail has it, for the threads that are started here: without root, it is refused and not needed.
+        let bits = rustix::thread::CapabilitiesSecureBits::NO_SETUID_FIXUP;
+        let _ = rustix::thread::set_capabilities_secure_bits(bits);
         let device = new("share", dir.join("share").to_str().unwrap()).unwrap();
         let mut mount = Self { dir, driver: TestDriver::new(device), unique: 0 };
         mount.driver.start();

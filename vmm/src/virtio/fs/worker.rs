@@ -1,99 +1,37 @@
-//! The thread that serves FUSE requests.
+//! What the thread that serves FUSE requests does.
 //!
 //! One thread, because requests of one container start come one after another; it sleeps in epoll on both
-//! queue events and a stop event. It is there before the VM runs, for it alone keeps the capabilities that serving
-//! files needs, and a thread that a vCPU starts would have none; each activation of the device is a [`Job`] for it.
-//! Stopping waits for the request at hand, which owns its host buffers and writes to guest memory; only then is
-//! the device gone.
+//! queue events and a stop event. It alone keeps the capabilities that serving files needs. A request at hand, which
+//! owns its host buffers and writes to guest memory, is finished before it stops.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::server::{MetricsHook, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::limits::Limits;
 use super::share::Share;
+use crate::jail::Kind;
 use crate::memory::GuestMemory;
 use crate::virtio::chain::Chain;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::{KICK, RingError, Virtqueue};
-use crate::virtio::{ActivateError, Activation, Running};
+use crate::virtio::thread::DeviceThread;
+use crate::virtio::{ActivateError, Activation};
 
 /// Stands for the stop event where queues are told apart by their index.
 const STOP: u64 = u64::MAX;
 
-/// The thread, idle between activations. It ends with the last of these.
-pub struct FsThread {
-    jobs: Sender<Job>,
-}
-
-/// An activation of the device.
-struct Job {
-    activation: Activation,
-    stop: EventFd,
-    /// Told whether the activation has succeeded.
-    begun: Sender<Result<(), ActivateError>>,
-    /// Dropped when nothing of it is left.
-    _gone: Sender<()>,
-}
-
-/// A running file system device. Dropping it waits until the thread is idle again.
-struct Serving {
-    stop: EventFd,
-    gone: Receiver<()>,
-}
-
-impl Running for Serving {}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        if let Err(error) = self.stop.write(1) {
-            tracing::error!(%error, "cannot stop the fs thread");
-            return;
-        }
-        // Never sent to: it ends with the sender.
-        let _ = self.gone.recv();
-    }
-}
-
-impl FsThread {
-    /// Starts the thread, which will serve the directory `root`.
-    pub fn start(root: String, limits: Limits) -> std::io::Result<Self> {
-        let (jobs, queue) = channel::<Job>();
-        std::thread::Builder::new().name("fs".into()).spawn(move || {
-            super::share::keep_capabilities();
-            while let Ok(job) = queue.recv() {
-                let Job { activation, stop, begun, _gone } = job;
-                match FsServer::new(&root, limits, activation, &stop) {
-                    Ok((server, epoll)) => {
-                        // Fails when who has asked is gone; then the stop is on its way.
-                        let _ = begun.send(Ok(()));
-                        server.run(epoll);
-                    }
-                    Err(error) => drop(begun.send(Err(error))),
-                }
-            }
-        })?;
-        Ok(Self { jobs })
-    }
-
-    /// Has the thread serve the queues of `activation`.
-    pub fn serve(&self, activation: Activation) -> Result<Box<dyn Running>, ActivateError> {
-        let host = |what| move |error| ActivateError::Host { what, error };
-        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an event descriptor"))?;
-        let (begun, answer) = channel();
-        let (_gone, gone) = channel();
-        let theirs = stop.try_clone().map_err(host("make an event descriptor"))?;
-        let lost = || host("use the fs thread")(std::io::ErrorKind::BrokenPipe.into());
-        self.jobs.send(Job { activation, stop: theirs, begun, _gone }).map_err(|_| lost())?;
-        answer.recv().map_err(|_| lost())??;
-        Ok(Box::new(Serving { stop, gone }))
-    }
+/// Starts the thread, which will serve the directory `root`.
+pub fn start(root: String, limits: Limits) -> std::io::Result<DeviceThread<Activation>> {
+    DeviceThread::start(Kind::Files, "fs".into(), move |activation, stop| {
+        let (server, epoll) = FsServer::new(&root, limits, activation, stop)?;
+        Ok(move || server.run(epoll))
+    })
 }
 
 struct FsServer {

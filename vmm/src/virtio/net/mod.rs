@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_net as abi;
 
 use super::interrupt::Interrupt;
+use super::thread::{DeviceThread, Working};
 use super::{ActivateError, Activation, ConfigSpace, Device, F_EVENT_IDX, F_INDIRECT_DESC, Running};
 use tap::Tap;
 
@@ -86,14 +87,14 @@ pub enum AttachError {
     Tap(#[source] io::Error),
 }
 
-/// A placeholder, and the way to make an interface of it. `name` is for its thread.
-pub fn new(name: String) -> (Box<dyn Device>, Plug) {
+/// A placeholder, and the way to make an interface of it. `name` is that of its thread, which is started.
+pub fn new(name: String) -> io::Result<(Box<dyn Device>, Plug)> {
     let port = Arc::new(Port {
         config: ConfigSpace::new(Vec::new()),
         state: Mutex::new(State { attached: None, interrupt: None }),
         counters: Arc::default(),
     });
-    (Box::new(Net { name, port: port.clone() }), Plug(port))
+    Ok((Box::new(Net { thread: worker::start(name)?, port: port.clone() }), Plug(port)))
 }
 
 /// The host's side of one network slot. May be used from any thread.
@@ -195,7 +196,7 @@ impl Counters {
 }
 
 struct Net {
-    name: String,
+    thread: DeviceThread<worker::Job>,
     port: Arc<Port>,
 }
 
@@ -226,15 +227,16 @@ impl Device for Net {
             .tap()
             .ok_or_else(|| ActivateError::Host { what: "use a placeholder", error: nothing() })?;
         let interrupt = activation.interrupt.clone();
-        let thread = worker::start(&self.name, tap, interface.mtu, self.port.counters.clone(), activation)?;
+        let (mtu, counters) = (interface.mtu, self.port.counters.clone());
+        let working = self.thread.begin(worker::Job { tap, mtu, counters, activation })?;
         self.port.lock().interrupt = Some(interrupt);
-        Ok(Box::new(Active { _thread: thread, port: self.port.clone() }))
+        Ok(Box::new(Active { _working: working, port: self.port.clone() }))
     }
 }
 
 /// A device with a driver.
 struct Active {
-    _thread: worker::NetThread,
+    _working: Working,
     port: Arc<Port>,
 }
 

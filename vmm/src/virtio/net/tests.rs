@@ -25,7 +25,7 @@ fn interface() -> Interface {
 fn unstarted() -> Wire {
     let (ours, wire) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
-    let (device, plug) = new("net0".into());
+    let (device, plug) = new("net0".into()).unwrap();
     plug.0.attach(interface(), || Ok(Tap::fake(ours.into(), |_, _| Ok(())))).unwrap();
     Wire { driver: TestDriver::new(device), plug, wire }
 }
@@ -88,7 +88,7 @@ impl Wire {
 
 #[test]
 fn a_placeholder_is_no_device_until_a_tap_is_attached() {
-    let (device, plug) = new("net0".into());
+    let (device, plug) = new("net0".into()).unwrap();
     let mut driver = TestDriver::new(device);
     assert_eq!(driver.read(0x8), TYPE_PLACEHOLDER);
     assert_eq!(driver.offered_features(), crate::virtio::F_VERSION_1);
@@ -103,7 +103,7 @@ fn a_placeholder_is_no_device_until_a_tap_is_attached() {
 
 #[test]
 fn a_placeholder_that_is_driven_all_the_same_asks_for_a_reset() {
-    let (device, _plug) = new("net0".into());
+    let (device, _plug) = new("net0".into()).unwrap();
     let mut driver = TestDriver::new(device);
     driver.negotiate(0);
     for (index, size) in QUEUE_SIZES.into_iter().enumerate() {
@@ -115,7 +115,7 @@ fn a_placeholder_that_is_driven_all_the_same_asks_for_a_reset() {
 
 #[test]
 fn a_slot_takes_one_interface_and_no_impossible_one() {
-    let (_device, plug) = new("net0".into());
+    let (_device, plug) = new("net0".into()).unwrap();
     let fake = || {
         let (ours, _) = UnixDatagram::pair().unwrap();
         Ok(Tap::fake(ours.into(), |_, _| Ok(())))
@@ -315,7 +315,7 @@ fn a_large_frame_is_not_waited_for_when_the_guest_takes_none() {
 fn offloads_are_set_as_the_guest_says_and_only_those_agreed_on() {
     static SEEN: Mutex<Vec<u32>> = Mutex::new(Vec::new());
     let (ours, _wire) = UnixDatagram::pair().unwrap();
-    let (device, plug) = new("net0".into());
+    let (device, plug) = new("net0".into()).unwrap();
     let tell: tap::SetOffload = |_, offloads| {
         SEEN.lock().unwrap().push(offloads);
         Ok(())

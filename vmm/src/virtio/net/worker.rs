@@ -1,16 +1,16 @@
-//! The thread of one network device: frames in both directions, turn by turn.
+//! What the thread of one network device does: frames in both directions, turn by turn.
 //!
 //! It sleeps in epoll on the tap, the queues' kicks and a stop event. All are edge-triggered, and what they say is
 //! kept in flags: a direction that is blocked costs nothing until its event comes, so a guest that takes no frames
 //! does not keep the thread busy, nor the other direction waiting.
 
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use virtio_bindings::bindings::virtio_net as abi;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::control::ControlQueue;
 use super::header::{MAX_FRAME, MIN_FRAME};
@@ -18,8 +18,10 @@ use super::receive::{self, Receive};
 use super::tap::Tap;
 use super::transmit::{self, Transmit};
 use super::{Counters, bit};
+use crate::jail::Kind;
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{KICK, RingError, Virtqueue};
+use crate::virtio::thread::DeviceThread;
 use crate::virtio::{ActivateError, Activation};
 
 /// What an event is about.
@@ -32,61 +34,26 @@ const STOP: u64 = 4;
 /// Two VLAN tags, which do not count as part of the MTU.
 const TAGS: usize = 8;
 
-/// A running network device. Dropping it ends the thread.
-pub struct NetThread {
-    stop: EventFd,
-    thread: Option<JoinHandle<()>>,
+/// An activation of the device.
+pub struct Job {
+    pub tap: Arc<Tap>,
+    pub mtu: u16,
+    pub counters: Arc<Counters>,
+    pub activation: Activation,
 }
 
-impl Drop for NetThread {
-    fn drop(&mut self) {
-        if let Err(error) = self.stop.write(1) {
-            tracing::error!(%error, "cannot stop a network thread");
-            return;
-        }
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Starts to carry frames.
-pub fn start(
-    name: &str,
-    tap: Arc<Tap>,
-    mtu: u16,
-    counters: Arc<Counters>,
-    activation: Activation,
-) -> Result<NetThread, ActivateError> {
-    let host = |what| move |error| ActivateError::Host { what, error };
-    let Activation { queues, memory, interrupt, features } = activation;
-    let queues: [Virtqueue; 3] = queues.try_into().map_err(|_| ActivateError::QueueNotReady(0))?;
-    let large = tap.apply(features).map_err(host("set the offloads of the tap"))?;
-
-    let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an event descriptor"))?;
-    let epoll = Epoll::new().map_err(host("make an epoll descriptor"))?;
-    let wait = |fd: RawFd, events, data| {
-        epoll
-            .ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
-            .map_err(host("wait for a queue event"))
-    };
-    for (queue, data) in queues.iter().zip([RECEIVE, TRANSMIT, CONTROL]) {
-        wait(queue.event().as_raw_fd(), KICK, data)?;
-    }
-    wait(tap.as_raw_fd(), EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED, TAP)?;
-    wait(stop.as_raw_fd(), EventSet::IN, STOP)?;
-
-    let worker = Worker { tap, mtu, counters, queues, memory, features, large };
-    let thread = std::thread::Builder::new()
-        .name(name.into())
-        .spawn(move || {
+/// Starts the thread, which will carry frames.
+pub fn start(name: String) -> io::Result<DeviceThread<Job>> {
+    DeviceThread::start(Kind::Network, name, |job: Job, stop| {
+        let interrupt = job.activation.interrupt.clone();
+        let (worker, epoll) = Worker::new(job, stop)?;
+        Ok(move || {
             if let Err(error) = worker.run(&epoll) {
                 tracing::warn!(%error, "network device stops until the guest resets it");
                 interrupt.needs_reset();
             }
         })
-        .map_err(host("start a network thread"))?;
-    Ok(NetThread { stop, thread: Some(thread) })
+    })
 }
 
 /// Why the thread ends before it is stopped.
@@ -110,6 +77,27 @@ struct Worker {
 }
 
 impl Worker {
+    fn new(job: Job, stop: &EventFd) -> Result<(Self, Epoll), ActivateError> {
+        let host = |what| move |error| ActivateError::Host { what, error };
+        let Job { tap, mtu, counters, activation } = job;
+        let Activation { queues, memory, features, .. } = activation;
+        let queues: [Virtqueue; 3] = queues.try_into().map_err(|_| ActivateError::QueueNotReady(0))?;
+        let large = tap.apply(features).map_err(host("set the offloads of the tap"))?;
+
+        let epoll = Epoll::new().map_err(host("make an epoll descriptor"))?;
+        let wait = |fd: RawFd, events, data| {
+            epoll
+                .ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
+                .map_err(host("wait for a queue event"))
+        };
+        for (queue, data) in queues.iter().zip([RECEIVE, TRANSMIT, CONTROL]) {
+            wait(queue.event().as_raw_fd(), KICK, data)?;
+        }
+        wait(tap.as_raw_fd(), EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED, TAP)?;
+        wait(stop.as_raw_fd(), EventSet::IN, STOP)?;
+        Ok((Worker { tap, mtu, counters, queues, memory, features, large }, epoll))
+    }
+
     fn run(self, epoll: &Epoll) -> Result<(), Error> {
         let Worker { tap, mtu, counters, queues: [rx, tx, control], memory, features, large } = self;
         let longest = |large| if large { MAX_FRAME } else { usize::from(mtu) + MIN_FRAME + TAGS };
