@@ -4,6 +4,7 @@
 //! that waiting for the host's disks never stalls the streams of the I/O thread.
 
 mod limits;
+mod link;
 mod nodes;
 mod share;
 mod worker;

@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::limits::Limits;
+use super::link::{Known, link};
 use super::nodes::Nodes;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
@@ -281,7 +282,14 @@ impl FileSystem for Share {
     fn link(&self, ctx: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
         self.may_know_more()?;
-        self.known(ctx, self.inner.link(ctx, inode, parent, name)?)
+        let known = |inode| {
+            io::Result::Ok((self.inner.readlinkat_proc_file(inode)?, self.inner.getattr(ctx, inode, None)?.0))
+        };
+        let (file, parent_dir) = (known(inode)?, known(parent)?);
+        let [file, parent_dir] =
+            [&file, &parent_dir].map(|(path, attributes)| Known { path, attributes: *attributes });
+        link(&file, &parent_dir, name)?;
+        self.known(ctx, self.inner.lookup(ctx, parent, name)?)
     }
 
     fn open(

@@ -289,6 +289,36 @@ fn a_directory_lists_its_entries_with_and_without_their_attributes() {
 }
 
 #[test]
+fn hard_links_need_no_more_rights_than_the_jail_has() {
+    if is_root() {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective.remove(rustix::thread::CapabilitySet::DAC_READ_SEARCH);
+        sets.permitted.remove(rustix::thread::CapabilitySet::DAC_READ_SEARCH);
+        rustix::thread::set_capabilities(None, sets).unwrap();
+    }
+    let mut mount = Mount::new();
+    std::fs::create_dir(mount.share("sub")).unwrap();
+    symlink("nowhere", mount.share("symbolic")).unwrap();
+    let (sub, _) = mount.lookup(ROOT, "sub").unwrap();
+    let body = [words(&[libc::O_RDWR as u32, 0o640, 0o022, 0]), cstr("new")].concat();
+    // After this the thread's credentials are no longer those with which it has opened things.
+    let user = if is_root() { 4711 } else { 0 };
+    std::fs::set_permissions(mount.share(""), PermissionsExt::from_mode(0o777)).unwrap();
+    let file = u64_at(&mount.call_as(user, CREATE, ROOT, &body).unwrap(), 0);
+    let (symbolic, _) = mount.lookup(ROOT, "symbolic").unwrap();
+    for (node, name) in [(file, "hard"), (symbolic, "link")] {
+        let reply = mount.call(LINK, sub, &[&node.to_le_bytes()[..], &cstr(name)].concat()).unwrap();
+        assert_eq!(u64_at(&reply, 0), node);
+    }
+    assert_eq!(std::fs::metadata(mount.share("sub/hard")).unwrap().nlink(), 2);
+    assert_eq!(std::fs::read_link(mount.share("sub/link")).unwrap(), Path::new("nowhere"));
+    std::fs::rename(mount.share("symbolic"), mount.share("elsewhere")).unwrap();
+    let again = [&symbolic.to_le_bytes()[..], &cstr("again")].concat();
+    mount.call(LINK, sub, &again).unwrap();
+    assert_eq!(mount.call(LINK, sub, &again), Err(libc::EEXIST));
+}
+
+#[test]
 fn names_that_are_not_one_component_are_refused() {
     let mut mount = Mount::new();
     std::fs::create_dir(mount.share("sub")).unwrap();
