@@ -93,17 +93,14 @@ impl Containers {
         }
     }
 
-    /// From now on memory that runs out is an event.
-    pub fn watch_memory(&self) -> Result<(), Error> {
+    /// The watch of containers' memory, which begins with the first of them.
+    fn memory(&self) -> Result<Arc<OomWatch>, Error> {
         let mut oom = lock(&self.oom);
-        if oom.is_none() {
-            let watch = OomWatch::start(self.events.clone())?;
-            for container in lock(&self.all).values().flatten() {
-                watch.add(&container.id, &container.cgroup);
-            }
-            *oom = Some(watch);
+        if let Some(watch) = &*oom {
+            return Ok(watch.clone());
         }
-        Ok(())
+        let watch = OomWatch::start(self.events.clone(), self.reaper.clone())?;
+        Ok(oom.insert(watch).clone())
     }
 
     /// Creates a container; its workload waits for [`Container::start`]. Returns the pid of its init.
@@ -118,8 +115,9 @@ impl Containers {
         match self.make(&id, &cgroup, &request.spec, &request.stdio).await {
             Ok(container) => {
                 let pid = container.init.pid;
-                if let Some(oom) = &*lock(&self.oom) {
-                    oom.add(&id, &cgroup);
+                match self.memory() {
+                    Ok(watch) => watch.add(&id, &cgroup),
+                    Err(e) => tracing::warn!(container = id, "{e}"),
                 }
                 lock(&self.all).insert(id, Some(Arc::new(container)));
                 Ok(pid)

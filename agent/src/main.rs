@@ -30,6 +30,7 @@ mod service;
 mod spec;
 mod stdio;
 mod supervise;
+mod thrash;
 mod vsock;
 
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! OOM events: `memory.events` of each container's cgroup, watched with inotify once the host listens for events.
+//! OOM events: `memory.events` of each container's cgroup, watched with inotify from the first on.
+//! What meets its limit is looked at further ([`crate::thrash`]), the memory of all containers together as well.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,6 +15,8 @@ use crate::cgroup::Cgroup;
 use crate::descriptor::watch;
 use crate::error::Error;
 use crate::events::Events;
+use crate::reaper::Reaper;
+use crate::thrash::ThrashWatch;
 
 /// Watches the memory of containers.
 pub struct OomWatch {
@@ -22,6 +25,7 @@ pub struct OomWatch {
     readiness: AsyncFd<OwnedFd>,
     watched: Mutex<HashMap<WatchDescriptor, Watched>>,
     events: Arc<Events>,
+    thrash: Arc<ThrashWatch>,
 }
 
 struct Watched {
@@ -33,7 +37,7 @@ struct Watched {
 
 impl OomWatch {
     /// Starts with no container.
-    pub fn start(events: Arc<Events>) -> Result<Arc<Self>, Error> {
+    pub fn start(events: Arc<Events>, reaper: Reaper) -> Result<Arc<Self>, Error> {
         let failed = |e: io::Error| Error::os("watching containers' memory", e);
         let inotify =
             Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(|e| failed(e.into()))?;
@@ -42,7 +46,9 @@ impl OomWatch {
             .try_clone_to_owned()
             .and_then(|fd| watch(fd, Interest::READABLE))
             .map_err(failed)?;
-        let watch = Arc::new(Self { inotify, readiness, watched: Mutex::default(), events });
+        let thrash = ThrashWatch::new(reaper);
+        let watch = Arc::new(Self { inotify, readiness, watched: Mutex::default(), events, thrash });
+        watch.add("", &Cgroup::of_all());
         let this = watch.clone();
         tokio::spawn(async move {
             if let Err(e) = this.run().await {
@@ -52,7 +58,7 @@ impl OomWatch {
         Ok(watch)
     }
 
-    /// Watches a container; its cgroup's removal ends that.
+    /// Watches a container, or the one of no name, all of them; a cgroup's removal ends that.
     pub fn add(&self, container_id: &str, cgroup: &Cgroup) {
         let flags = AddWatchFlags::IN_MODIFY;
         match self.inotify.add_watch(&cgroup.events_file(), flags) {
@@ -75,6 +81,7 @@ impl OomWatch {
                     watched.remove(&change.wd);
                 } else if let Some(watched) = watched.get_mut(&change.wd) {
                     self.tell(watched);
+                    self.thrash.look_at(&watched.cgroup);
                 }
             }
         }
@@ -82,7 +89,7 @@ impl OomWatch {
 
     fn tell(&self, watched: &mut Watched) {
         let oom_kills = watched.cgroup.oom_kills();
-        if oom_kills > watched.told {
+        if oom_kills > watched.told && !watched.container_id.is_empty() {
             watched.told = oom_kills;
             self.events.publish(&Event {
                 container_id: watched.container_id.clone(),

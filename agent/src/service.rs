@@ -226,7 +226,6 @@ impl Agent for Service {
     ) -> ttrpc::Result<()> {
         let containers = self.containers()?;
         let mut events = containers.events.subscribe();
-        containers.watch_memory()?;
         while let Some(event) = events.recv().await {
             stream.send(&event).await?;
         }

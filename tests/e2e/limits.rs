@@ -11,6 +11,8 @@ pub const CASES: &[Case] = &[
     case!(pids_limit),
     case!(memory_limit_kills_a_hog_and_spares_the_rest),
     case!(memory_hog_as_the_workload_is_reported),
+    case!(hog_that_leaves_no_page_for_its_own_code_is_killed)
+        .stockade_only("the code of a program on the host is in nobody's memory limit"),
     case!(cpu_quota_and_weight),
     case!(unified_limits),
     case!(vm_has_its_default_size).stockade_only(VM),
@@ -56,6 +58,22 @@ fn memory_hog_as_the_workload_is_reported() {
     if runtime.is_stockade() {
         assert!(ended.stderr.contains("killed") && ended.stderr.contains("memory.limit"), "{ended:?}");
     }
+}
+
+/// Linux lets such a program go on for minutes, since it reads its code again and again and makes progress.
+fn hog_that_leaves_no_page_for_its_own_code_is_killed() {
+    // mmap of a file, all of whose pages are then needed in turn.
+    let script = r#"my $len = 3 << 20; open F, "<", "/usr/bin/perl"; my $at = syscall(9, 0, $len, 1, 1, fileno(F), 0);
+        while (1) {
+            open S, "<", "/sys/fs/cgroup/memory.stat"; my %used = map { split } <S>;
+            last if $used{anon} + $used{kernel} > (64 << 20) - (200 << 10);
+            push @x, "x" x 65536;
+        }
+        while (1) { unpack("P1", pack("Q", $at + 4096 * $_)) for 0 .. $len / 4096 - 1 }"#;
+    let bundle =
+        Bundle::perl(script).set("/linux/resources/memory", json!({ "limit": 64 << 20, "swap": 64 << 20 }));
+    let ended = Runtime::under_test().run(&bundle).code(137);
+    assert!(ended.stderr.contains("memory.limit"), "{ended:?}");
 }
 
 fn cpu_quota_and_weight() {

@@ -54,6 +54,21 @@ pub fn prepare() -> Result<(), Error> {
     Ok(())
 }
 
+/// How a cgroup fares at its limit of memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Pressure {
+    /// How often it has met the limit.
+    pub limit_met: u64,
+    /// The limit in pages.
+    pub limit_pages: u64,
+    /// Pages of files that are in memory.
+    pub file_pages: u64,
+    /// How many of them had been there before, and were read again.
+    pub refaults: u64,
+    /// How often a program had to wait until a page was read.
+    pub major_faults: u64,
+}
+
 /// One container's cgroup.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
@@ -68,6 +83,11 @@ impl Cgroup {
         let name = format!("{PARENT}/{container_id}");
         let path = PathBuf::from(format!("{ROOT}{name}"));
         Self { name, path }
+    }
+
+    /// The parent of all containers, whose limit is the memory of the VM.
+    pub fn of_all() -> Self {
+        Self { name: PARENT.into(), path: PathBuf::from(format!("{ROOT}{PARENT}")) }
     }
 
     /// Makes it, with limits.
@@ -186,6 +206,38 @@ impl Cgroup {
         fs::read_to_string(self.events_file()).map(|text| stats::field(&text, "oom_kill")).unwrap_or(0)
     }
 
+    /// What tells whether it can do anything but make room.
+    pub fn pressure(&self) -> Result<Pressure, Error> {
+        let text = |file| read(&self.path, file);
+        let stat = text("memory.stat")?;
+        let page = 4096;
+        Ok(Pressure {
+            // Its own limit, not that of a cgroup below.
+            limit_met: stats::field(&text("memory.events.local")?, "max"),
+            limit_pages: text("memory.max")?.trim().parse().map_or(u64::MAX, |bytes: u64| bytes / page),
+            file_pages: (stats::field(&stat, "active_file") + stats::field(&stat, "inactive_file")) / page,
+            refaults: stats::field(&stat, "workingset_refault_file"),
+            major_faults: stats::field(&stat, "pgmajfault"),
+        })
+    }
+
+    /// Has the kernel's OOM killer choose one of its processes: by a limit, for a moment, that cannot be kept. Takes
+    /// as long as that.
+    pub fn kill_one_for_memory(&self) -> Result<(), Error> {
+        const BELOW: u64 = 1 << 20;
+        let limit = read(&self.path, "memory.max")?;
+        let used: u64 = read(&self.path, "memory.current")?.trim().parse().unwrap_or(0);
+        let stat = read(&self.path, "memory.stat")?;
+        let files = stats::field(&stat, "active_file") + stats::field(&stat, "inactive_file");
+        let lower = used.saturating_sub(files).saturating_sub(BELOW).to_string();
+        write(&self.path, "memory.max", &lower)?;
+        // Unless somebody has set another one meanwhile.
+        if read(&self.path, "memory.max")?.trim() == rounded(&lower) {
+            write(&self.path, "memory.max", limit.trim())?;
+        }
+        Ok(())
+    }
+
     /// The file that changes when memory runs out.
     pub fn events_file(&self) -> PathBuf {
         self.path.join("memory.events")
@@ -195,6 +247,12 @@ impl Cgroup {
     pub fn stats(&self) -> Result<StatsResponse, Error> {
         stats::read(|file| read(&self.path, file))
     }
+}
+
+/// A limit as the kernel shows it: in whole pages.
+fn rounded(bytes: &str) -> String {
+    let bytes: u64 = bytes.parse().unwrap_or(0);
+    (bytes / 4096 * 4096).to_string()
 }
 
 fn write_file(path: &Path, value: &str) -> io::Result<()> {
