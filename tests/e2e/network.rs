@@ -348,7 +348,7 @@ fn carrier_inside_follows_the_one_outside() {
 
 /// Bytes for each direction. A pattern that repeats after a prime number of bytes shows what is lost, doubled or out
 /// of place.
-const BULK: u64 = 256 << 20;
+const BULK: u64 = 96 << 20;
 
 fn bulk_arrives_complete_both_ways() {
     let netns = Netns::with_veth();
