@@ -12,7 +12,7 @@ export CARGO_TARGET_DIR
 help:
 	@echo 'make run      set everything up and run a container in a microVM'
 	@echo 'make test     set everything up and run all tests'
-	@echo 'make bench    measure the start of a container on the virtual clock'
+	@echo 'make bench    measure on the virtual clock, beside runc and crun (CASES="…": some cases only)'
 	@echo 'make image    build the binaries, the guest kernel and the initrd'
 	@echo 'make install  copy binary and guest files to PREFIX ($(PREFIX))'
 	@echo 'make lab      a shell on an emulated KVM host, with stockade on PATH'

@@ -205,7 +205,9 @@ check_style() {
 }
 
 run_benchmark() {
-    PATH=$STOCKADE_STAGE/bin:$PATH "$release/stockade-bench"
+    local cases
+    read -ra cases <<<"${CASES:-}"
+    PATH=$STOCKADE_STAGE/bin:$PATH "$release/stockade-bench" "${cases[@]}"
     did="in $CARGO_TARGET_DIR/bench"
 }
 
