@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
@@ -65,6 +66,9 @@ pub enum Ending {
 pub struct Vmm {
     client: Client,
     child: RefCell<Child>,
+    /// The process's network namespace, which so outlives it. The last to leave one waits for the host's kernel to
+    /// remove it, as long as everything else that a VMM's end takes (two or three RCU grace periods).
+    _namespace: Option<File>,
     next_connect: Cell<u64>,
     /// Who waits for a network slot.
     attaching: RefCell<HashMap<u8, oneshot::Sender<Result<(), String>>>>,
@@ -77,9 +81,11 @@ impl Vmm {
         let console = console.try_clone_to_owned().map_err(Error::Spawn)?;
         let arguments = [c"stockade", c"vmm", c"--control-fd", c"0"];
         let child = spawn::spawn(&arguments, theirs, console).map_err(Error::Spawn)?;
+        let namespace = File::open(format!("/proc/{}/ns/net", child.id())).ok();
         Ok(Vmm {
             client,
             child: RefCell::new(child),
+            _namespace: namespace,
             next_connect: Cell::new(1),
             attaching: RefCell::default(),
         })
