@@ -83,7 +83,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Strin
 }
 
 fn usage() -> String {
-    let cases: String = CASES.iter().map(|case| format!("\n    {:<16}{}", case.name, case.about)).collect();
+    let cases: String = CASES.iter().map(|case| format!("\n    {:<18}{}", case.name, case.about)).collect();
     format!("usage:\n{USAGE}{cases}")
 }
 
