@@ -15,9 +15,10 @@
 //! Locks stay in the guest: a blocked lock would block the one thread here. ACLs can be read and set, but only
 //! the mode bits are enforced (FUSE_POSIX_ACL would cost a request an inode). O_DIRECT is passed on.
 
+use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::limits::Limits;
@@ -52,10 +53,18 @@ const UNKNOWN_INODE_NUMBER: u64 = 0xffff_ffff;
 type Inode = u64;
 type Handle = u64;
 
+/// What a handle is of.
+#[derive(Clone, Copy)]
+enum Opened {
+    /// A file, with the flags that it was opened with.
+    File(u32),
+    Directory,
+}
+
 /// See the module.
 pub struct Share {
     inner: PassthroughFs,
-    handles: AtomicUsize,
+    opened: Mutex<HashMap<Handle, Opened>>,
     max_handles: usize,
     nodes: Nodes,
 }
@@ -76,8 +85,8 @@ impl Share {
             ..Config::default()
         };
         let inner = PassthroughFs::new(config)?;
-        let handles = AtomicUsize::new(0);
-        Ok(Self { inner, handles, max_handles: limits.handles, nodes: Nodes::new(limits.inodes) })
+        let opened = Mutex::new(HashMap::new());
+        Ok(Self { inner, opened, max_handles: limits.handles, nodes: Nodes::new(limits.inodes) })
     }
 
     /// Inodes that the guest holds, without the root.
@@ -111,15 +120,34 @@ impl Share {
     }
 
     fn may_open(&self) -> io::Result<()> {
-        if self.handles.load(Ordering::Relaxed) < self.max_handles { Ok(()) } else { fail(libc::ENFILE) }
+        if self.lock().len() < self.max_handles { Ok(()) } else { fail(libc::ENFILE) }
     }
 
-    fn opened(&self) {
-        self.handles.fetch_add(1, Ordering::Relaxed);
+    fn opened(&self, handle: Option<Handle>, opened: Opened) {
+        if let Some(handle) = handle {
+            self.lock().insert(handle, opened);
+        }
     }
 
-    fn closed(&self) {
-        let _ = self.handles.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+    fn closed(&self, handle: Handle) {
+        self.lock().remove(&handle);
+    }
+
+    /// The flags with which a file is read and written: always those that it was opened with.
+    ///
+    /// The passthrough sets the flags of every request on its own descriptor, and where the host's kernel refuses
+    /// them (O_DIRECT on a directory) it closes that descriptor, whose number the next file or socket to be opened
+    /// then has, in reach of the guest. So no request ever comes with other flags. What a guest changes later is its
+    /// own affair: O_APPEND it adds to the offset itself, and O_DIRECT past its cache is past it on this side too.
+    fn flags(&self, handle: Handle) -> io::Result<u32> {
+        match self.lock().get(&handle) {
+            Some(Opened::File(flags)) => Ok(*flags),
+            Some(Opened::Directory) | None => fail(libc::EBADF),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Handle, Opened>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -164,7 +192,6 @@ impl FileSystem for Share {
     type Handle = Handle;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.handles.store(0, Ordering::Relaxed);
         let ours = FsOptions::ASYNC_READ
             | FsOptions::BIG_WRITES
             | FsOptions::MAX_PAGES
@@ -178,9 +205,9 @@ impl FileSystem for Share {
     }
 
     fn destroy(&self) {
-        self.handles.store(0, Ordering::Relaxed);
-        self.nodes.clear();
         self.inner.destroy();
+        self.lock().clear();
+        self.nodes.clear();
     }
 
     fn lookup(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
@@ -301,7 +328,7 @@ impl FileSystem for Share {
     ) -> io::Result<(Option<Handle>, OpenOptions, Option<u32>)> {
         self.may_open()?;
         let (handle, mut options, backing) = self.inner.open(ctx, inode, flags, fuse_flags)?;
-        self.opened();
+        self.opened(handle, Opened::File(flags));
         options |= self.cache_options(ctx, inode, handle);
         if flags as i32 & libc::O_ACCMODE == libc::O_RDONLY {
             options |= no_flush();
@@ -319,8 +346,9 @@ impl FileSystem for Share {
         check_name(name)?;
         self.may_open()?;
         self.may_know_more()?;
+        let flags = args.flags;
         let (entry, handle, options, backing) = self.inner.create(ctx, parent, name, args)?;
-        self.opened();
+        self.opened(handle, Opened::File(flags));
         Ok((self.known(ctx, entry)?, handle, options, backing))
     }
 
@@ -333,8 +361,9 @@ impl FileSystem for Share {
         size: u32,
         offset: u64,
         lock_owner: Option<u64>,
-        flags: u32,
+        _flags: u32,
     ) -> io::Result<usize> {
+        let flags = self.flags(handle)?;
         self.inner.read(ctx, inode, handle, writer, size, offset, lock_owner, flags)
     }
 
@@ -351,6 +380,12 @@ impl FileSystem for Share {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
+        let opened_with = self.flags(handle)?;
+        // What was opened to append is appended to, wherever the guest means to write.
+        if opened_with & !flags & libc::O_APPEND as u32 != 0 {
+            return fail(libc::EINVAL);
+        }
+        let flags = opened_with;
         self.inner.write(ctx, inode, handle, reader, size, offset, lock_owner, delayed, flags, fuse_flags)
     }
 
@@ -386,7 +421,7 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         self.inner
             .release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
-            .inspect(|()| self.closed())
+            .inspect(|()| self.closed(handle))
     }
 
     fn statfs(&self, ctx: &Context, inode: Inode) -> io::Result<statvfs64> {
@@ -417,7 +452,7 @@ impl FileSystem for Share {
 
     fn opendir(&self, ctx: &Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
         self.may_open()?;
-        self.inner.opendir(ctx, inode, flags).inspect(|_| self.opened())
+        self.inner.opendir(ctx, inode, flags).inspect(|(handle, _)| self.opened(*handle, Opened::Directory))
     }
 
     fn readdir(
@@ -473,7 +508,7 @@ impl FileSystem for Share {
     }
 
     fn releasedir(&self, ctx: &Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()> {
-        self.inner.releasedir(ctx, inode, flags, handle).inspect(|()| self.closed())
+        self.inner.releasedir(ctx, inode, flags, handle).inspect(|()| self.closed(handle))
     }
 
     fn access(&self, ctx: &Context, inode: Inode, mask: u32) -> io::Result<()> {

@@ -552,6 +552,47 @@ fn a_read_or_listing_of_four_gigabytes_costs_no_memory() {
     assert_eq!(mount.read(node, handle, 0, 16).unwrap(), b"content");
 }
 
+/// fuse-backend-rs sets the flags of each read and write on its own descriptor, and closes that where the host's
+/// kernel refuses them: a guest could have whatever is opened next under the number.
+#[test]
+fn flags_of_a_read_or_write_do_not_close_the_hosts_descriptor() {
+    let mut mount = Mount::new();
+    mount.write("file", b"content");
+    let (node, _) = mount.lookup(ROOT, "file").unwrap();
+    let file = mount.open(node, libc::O_RDWR).unwrap();
+    // A directory knows no O_DIRECT.
+    let dir = u64_at(&mount.call(OPENDIR, ROOT, &words(&[0, 0])).unwrap(), 0);
+    for bit in 0..32 {
+        for (node, handle) in [(node, file), (ROOT, dir)] {
+            for op in [READ, WRITE] {
+                let fields = words(&[1, 0, 0, 0, 1 << bit, 0]);
+                let body = [&handle.to_le_bytes()[..], &0u64.to_le_bytes(), &fields, b"C"].concat();
+                let _ = mount.call(op, node, &body);
+            }
+        }
+        assert_eq!(mount.read(node, file, 0, 7).unwrap(), b"Content", "flag {bit}");
+        let body = [&dir.to_le_bytes()[..], &0u64.to_le_bytes(), &words(&[4096, 0, 0, 0, 0, 0])].concat();
+        assert!(mount.call(READDIR, ROOT, &body).is_ok(), "flag {bit}");
+    }
+}
+
+#[test]
+fn a_file_opened_to_append_is_appended_to_or_the_write_is_refused() {
+    let mut mount = Mount::new();
+    mount.write("file", b"content");
+    let (node, _) = mount.lookup(ROOT, "file").unwrap();
+    let handle = mount.open(node, libc::O_WRONLY | libc::O_APPEND).unwrap();
+    let mut write = |flags: i32| {
+        let fields = words(&[1, 0, 0, 0, flags as u32, 0]);
+        let body = [&handle.to_le_bytes()[..], &0u64.to_le_bytes(), &fields, b"!"].concat();
+        mount.call(WRITE, node, &body).map(|_| ())
+    };
+    assert_eq!(write(libc::O_WRONLY | libc::O_APPEND), Ok(()));
+    // The guest took O_APPEND back, and means the offset that it gives.
+    assert_eq!(write(libc::O_WRONLY), Err(libc::EINVAL));
+    assert_eq!(std::fs::read(mount.share("file")).unwrap(), b"content!");
+}
+
 #[test]
 fn the_number_of_open_handles_is_bounded() {
     let mut mount = Mount::new();
@@ -572,6 +613,9 @@ fn the_number_of_open_handles_is_bounded() {
     // Once, not twice.
     assert!(share.release(&ctx, node, 0, handles[0], false, false, None).is_err());
     share.opendir(&ctx, ROOT, 0).unwrap();
+    assert!(refused(share.open(&ctx, node, 0, 0).map(|_| ())));
+    // A second INIT closes nothing, so it makes no room.
+    share.init(FsOptions::empty()).unwrap();
     assert!(refused(share.open(&ctx, node, 0, 0).map(|_| ())));
 }
 
