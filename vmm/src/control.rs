@@ -27,6 +27,9 @@ pub const MAX_MESSAGE: usize = 16 * 1024;
 /// Most descriptors in one packet: `Boot` carries four.
 pub const MAX_FDS: usize = 4;
 
+/// Longest part of an error that repeats a message, in characters.
+const QUOTED_MAX: usize = 300;
+
 /// What a VM is made of. Sent with four descriptors, in this order: the kernel (an uncompressed ELF
 /// `vmlinux`), the initrd, the share directory, and the console (written to and never waited for: make it a
 /// non-blocking pipe; what does not fit is dropped).
@@ -176,7 +179,7 @@ pub enum Error {
     },
     /// a packet that is not a message
     #[error("a message on the VMM control socket is not understood: {0}")]
-    Malformed(#[source] serde_json::Error),
+    Malformed(String),
 }
 
 /// The supervisor's end.
@@ -338,6 +341,13 @@ impl Error {
     }
 }
 
+/// What serde says repeats a piece of the message, which is a stranger's: no control characters, no more than
+/// [`QUOTED_MAX`].
+fn malformed(error: serde_json::Error) -> Error {
+    let text = error.to_string();
+    Error::Malformed(text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(QUOTED_MAX).collect())
+}
+
 fn expect_fds(fds: &[OwnedFd], expected: usize) -> Result<(), Error> {
     if fds.len() == expected { Ok(()) } else { Err(Error::Descriptors { expected, found: fds.len() }) }
 }
@@ -357,7 +367,7 @@ impl Channel {
     }
 
     fn send_with<T: Serialize>(&self, message: &T, fds: &[BorrowedFd], flags: MsgFlags) -> Result<(), Error> {
-        let bytes = serde_json::to_vec(message).map_err(Error::Malformed)?;
+        let bytes = serde_json::to_vec(message).map_err(malformed)?;
         if bytes.len() > MAX_MESSAGE {
             return Err(Error::TooLong);
         }
@@ -412,7 +422,7 @@ impl Channel {
         if length == 0 {
             return Ok(Poll::Ready(None));
         }
-        let message = serde_json::from_slice(&bytes[..length]).map_err(Error::Malformed)?;
+        let message = serde_json::from_slice(&bytes[..length]).map_err(malformed)?;
         Ok(Poll::Ready(Some((message, fds))))
     }
 }
@@ -537,6 +547,9 @@ mod tests {
             |bytes: &[u8]| nix::sys::socket::send(client.as_raw_fd(), bytes, MsgFlags::empty()).unwrap();
         raw(&vec![b' '; MAX_MESSAGE + 1]);
         assert!(matches!(server.recv(true), Err(Error::TooLong)));
+        let shown = |error: Error| (error.to_string().len(), error.to_string().contains(char::is_control));
+        raw(format!("\"{}\"", "\u{7f}".repeat(5000)).as_bytes());
+        assert!(matches!(server.recv(true).map_err(shown), Err((..1000, false))));
         for bad in [&b"{"[..], b"\"reboot\"", b"{\"connect\":{\"id\":-1,\"port\":0}}", b"\xff"] {
             raw(bad);
             assert!(matches!(server.recv(true), Err(Error::Malformed(_))));
