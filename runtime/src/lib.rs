@@ -13,6 +13,7 @@ mod guest_files;
 mod image;
 mod log;
 mod network;
+mod printable;
 mod process;
 mod sandbox;
 mod shim;

@@ -16,6 +16,10 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
 use crate::clock::now_rfc3339;
+use crate::printable::printable;
+
+/// Longest text in a record, in characters.
+const RECORD_MAX: usize = 16 << 10;
 
 /// How records look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -101,8 +105,11 @@ struct Fields {
 impl Fields {
     fn set(&mut self, field: &Field, value: Value) {
         match (field.name(), value) {
-            ("message", Value::String(text)) => self.message = text,
+            ("message", Value::String(text)) => self.message = printable(&text, RECORD_MAX),
             ("message", other) => self.message = other.to_string(),
+            (name, Value::String(text)) => {
+                self.others.insert(name.to_owned(), printable(&text, RECORD_MAX).into());
+            }
             (name, value) => {
                 self.others.insert(name.to_owned(), value);
             }

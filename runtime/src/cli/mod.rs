@@ -28,6 +28,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::printable::error_line;
 use crate::sandbox::control::{Conversation, Reply, Request};
 use crate::sandbox::pidfd;
 use crate::state::{DEFAULT_ROOT, State, StateDir};
@@ -150,7 +151,7 @@ pub fn main(process_start_ns: u64) -> ExitCode {
     match dispatch(global, command, process_start_ns) {
         Ok(code) => code,
         Err(e) => {
-            let message = e.to_string().replace('\n', " ");
+            let message = error_line(&e);
             tracing::error!("{message}");
             let mut stderr = io::stderr().lock();
             let _ = writeln!(stderr, "stockade: {message}");

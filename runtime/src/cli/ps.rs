@@ -6,6 +6,7 @@
 use super::list::columns;
 use super::{Error, Global, Outcome, ask, open, print, stopped};
 use crate::clock;
+use crate::printable::is_shown;
 use crate::sandbox::control::{ProcessInfo, Request, read_attachment};
 
 /// What `ps -ef` shows.
@@ -152,7 +153,7 @@ fn in_hours(seconds: u64) -> String {
 
 /// Names are the workload's: no control character of it reaches a terminal.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text.chars().map(|c| if is_shown(c) { c } else { '?' }).collect()
 }
 
 #[cfg(test)]

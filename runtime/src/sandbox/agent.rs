@@ -7,6 +7,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::time::{Duration, Instant};
 
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, ExecRequest, HandshakeRequest,
@@ -16,7 +17,18 @@ use stockade_agent_protocol::messages::{
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
 use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
+
+use super::meter::Meter;
+use crate::printable::printable;
+
+/// Most events a second that are acted upon. One is enough to know that a container's memory has run out.
+const EVENTS_A_SECOND: u32 = 10;
+/// Most processes that are listed, and the longest command line and terminal's name among them, in characters.
+const PROCESSES_MAX: usize = 1 << 16;
+const COMMAND_MAX: usize = 4096;
+const TTY_MAX: usize = 64;
 
 /// Longest message of the guest that is shown, in characters.
 const MESSAGE_MAX: usize = 1000;
@@ -59,7 +71,7 @@ impl Agent {
     /// Talks over a stream to the agent's RPC port. Needs a runtime around it.
     pub fn new(stream: OwnedFd) -> Result<Self, Error> {
         let stream = tokio::net::UnixStream::from_std(StdUnixStream::from(stream)).map_err(Error::Connect)?;
-        Ok(Agent(AgentClient::new(Client::new(stream.into()))))
+        Ok(Agent(AgentClient::new(Client::new(Socket::new(Meter::new(stream))))))
     }
 
     /// The first call.
@@ -123,7 +135,13 @@ impl Agent {
 
     /// Lists its processes.
     pub async fn processes(&self, id: &str) -> Result<Vec<Process>, Error> {
-        call(self.0.pids(context(), &container(id))).await.map(|reply| reply.processes)
+        let reply = call(self.0.pids(context(), &container(id))).await?;
+        let shown = |process: Process| Process {
+            command: printable(&process.command, COMMAND_MAX),
+            tty: printable(&process.tty, TTY_MAX),
+            ..process
+        };
+        Ok(reply.processes.into_iter().take(PROCESSES_MAX).map(shown).collect())
     }
 
     /// Starts a further process in it; `process` is JSON.
@@ -181,13 +199,20 @@ impl Agent {
         call(self.0.delete_container(context(), &request)).await.map(drop)
     }
 
-    /// Calls `act` with a container's id whenever the guest's OOM killer was at work in it, until the VM ends.
+    /// Calls `act` with a container's id whenever the guest's OOM killer was at work in it, until the VM ends. A guest
+    /// that says so without end is not listened to more than [`EVENTS_A_SECOND`].
     pub async fn out_of_memory(&self, act: impl Fn(&str)) -> Result<(), Error> {
         let mut events = call(self.0.events(context(), &Empty::default())).await?;
+        let (mut second, mut count) = (Instant::now(), 0);
         while let Some(event) = call(events.recv()).await? {
-            if let Some(event::Event::Oom(_)) = event.event {
+            let Some(event::Event::Oom(_)) = event.event else { continue };
+            if second.elapsed() >= Duration::from_secs(1) {
+                (second, count) = (Instant::now(), 0);
+            }
+            if count < EVENTS_A_SECOND {
                 act(&event.container_id);
             }
+            count += 1;
         }
         Ok(())
     }
@@ -214,13 +239,9 @@ fn streams([stdin, stdout, stderr]: [bool; 3]) -> Stdio {
 
 async fn call<T>(reply: impl Future<Output = ttrpc::Result<T>>) -> Result<T, Error> {
     reply.await.map_err(|e| match e {
-        ttrpc::Error::RpcStatus(status) => Error::Refused(printable(status.message())),
-        other => Error::Closed(printable(&other.to_string())),
+        ttrpc::Error::RpcStatus(status) => Error::Refused(printable(status.message(), MESSAGE_MAX)),
+        other => Error::Closed(printable(&other.to_string(), MESSAGE_MAX)),
     })
-}
-
-fn printable(message: &str) -> String {
-    message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MESSAGE_MAX).collect()
 }
 
 /// A guest may claim anything; a success that was a death is not believed.
@@ -233,6 +254,7 @@ fn checked_exit(reply: WaitResponse) -> Exit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     #[test]
     fn an_exit_is_what_a_shell_would_show_whatever_the_guest_claims() {
@@ -244,9 +266,85 @@ mod tests {
         assert_eq!(exit(7, 4_000_000_000).signal, 0);
     }
 
+    /// An agent that says `bytes` again and again, `times` times, and then hangs up.
+    fn hostile<T>(bytes: Vec<u8>, times: usize, act: impl AsyncFnOnce(Agent) -> T) -> T {
+        let (ours, mut guest) = StdUnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut requests = guest.try_clone().unwrap();
+        std::thread::spawn(move || io::copy(&mut requests, &mut io::sink()));
+        let speaker = std::thread::spawn(move || {
+            for _ in 0..times {
+                // Fails when nobody listens any more.
+                if guest.write_all(&bytes).is_err() {
+                    break;
+                }
+            }
+            let _ = guest.shutdown(std::net::Shutdown::Write);
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let result = runtime.block_on(async { act(Agent::new(ours.into()).unwrap()).await });
+        drop(runtime);
+        speaker.join().unwrap();
+        result
+    }
+
+    /// A frame of ttrpc.
+    fn frame(stream: u32, kind: u8, length: u32, payload: &[u8]) -> Vec<u8> {
+        [&length.to_be_bytes()[..], &stream.to_be_bytes(), &[kind, 0], payload].concat()
+    }
+
     #[test]
-    fn messages_of_the_guest_are_short_and_printable() {
-        assert_eq!(printable("a\x1b[2J\nb"), "a [2J b");
-        assert_eq!(printable(&"x".repeat(5000)).len(), MESSAGE_MAX);
+    fn an_agent_that_talks_garbage_ends_every_call_with_a_reason() {
+        for garbage in [&b""[..], b"\0", b"HTTP/1.1 200 OK\r\n\r\n", &[0xff; 4096], &[0; 4096]] {
+            let results = hostile(garbage.to_vec(), 1, async |agent| {
+                let (shake, exit) = tokio::join!(agent.handshake(), agent.wait("c", ""));
+                [shake.map(drop).unwrap_err(), exit.map(drop).unwrap_err()]
+            });
+            for error in results {
+                let text = error.to_string();
+                assert!(matches!(error, Error::Closed(_)) && !text.contains(char::is_control), "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_frame_of_four_gigabytes_is_not_waited_for_beyond_the_agents_end() {
+        // Its first megabytes, and then the end.
+        let begun = [frame(1, 2, u32::MAX, &[]), vec![7; 1 << 20]].concat();
+        let error = hostile(begun, 6, async |agent| agent.handshake().await.map(drop)).unwrap_err();
+        assert!(matches!(error, Error::Closed(_)), "{error}");
+    }
+
+    #[test]
+    fn events_without_end_are_acted_upon_some_times_a_second() {
+        let event = stockade_agent_protocol::messages::Event {
+            container_id: "c".into(),
+            event: Some(event::Event::Oom(Default::default())),
+            ..Default::default()
+        };
+        let payload = protobuf::Message::write_to_bytes(&event).unwrap();
+        let events = frame(1, 3, payload.len() as u32, &payload).repeat(1000);
+        let begin = Instant::now();
+        let count = std::cell::Cell::new(0u64);
+        let _ = hostile(events, 200, async |agent| agent.out_of_memory(|_| count.set(count.get() + 1)).await);
+        let most = u64::from(EVENTS_A_SECOND) * (begin.elapsed().as_secs() + 2);
+        assert!((1..=most).contains(&count.get()), "{} of 200,000 events", count.get());
+    }
+
+    #[test]
+    fn a_list_of_processes_is_cut_to_what_can_be_shown() {
+        let process =
+            Process { command: "x\x1b]0;t\x07".repeat(10_000), tty: "y".repeat(1000), ..Default::default() };
+        let list = stockade_agent_protocol::messages::PidsResponse {
+            processes: vec![process],
+            ..Default::default()
+        };
+        let mut response = ttrpc::proto::Response::new();
+        response.payload = protobuf::Message::write_to_bytes(&list).unwrap();
+        let payload = protobuf::Message::write_to_bytes(&response).unwrap();
+        let reply = frame(1, 2, payload.len() as u32, &payload);
+        let list = hostile(reply, 1, async |agent| agent.processes("c").await).unwrap();
+        assert_eq!((list[0].command.chars().count(), list[0].tty.len()), (COMMAND_MAX, TTY_MAX));
+        assert!(!list[0].command.contains(char::is_control));
     }
 }

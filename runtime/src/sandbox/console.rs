@@ -4,7 +4,7 @@
 //! can be explained. The pipe's write end is also the VMM's stderr: what that process says before it dies is as
 //! interesting. All of it comes from the guest and is made printable before it is shown.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
@@ -15,39 +15,76 @@ use nix::unistd::pipe2;
 use tokio::io::Interest;
 
 use super::poll::register;
+use crate::printable::printable;
 
 /// How much is kept, in bytes: a kernel's panic with its registers and call trace is 4 to 6 KiB.
 const KEEP: usize = 16 * 1024;
 /// Longest line shown; the rest of a longer one is cut.
 const LINE_MAX: usize = 240;
+/// Most that is read at a time, so that a guest that writes without end does not keep the event loop: what a pipe holds.
+const TURN: usize = 64 * 1024;
+/// Most that is logged of one VM's console, in bytes: a thousand times what a healthy guest says. The log is a file of
+/// the host's.
+const LOGGED_MAX: usize = 1 << 20;
+
+/// What a read leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing now; more can come.
+    Nothing,
+    /// The turn was over before the bytes were.
+    Perhaps,
+    /// The other side is closed everywhere.
+    End,
+}
 
 /// The reading side.
 #[derive(Debug)]
 pub struct Console {
     pipe: File,
     tail: RefCell<VecDeque<u8>>,
+    /// Bytes that went to the log.
+    logged: Cell<usize>,
 }
 
 impl Console {
     /// A console and the end that VMM and guest write to.
     pub fn new() -> io::Result<(Self, OwnedFd)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        Ok((Console { pipe: read.into(), tail: RefCell::default() }, write))
+        Ok((Console { pipe: read.into(), tail: RefCell::default(), logged: Cell::new(0) }, write))
     }
 
-    /// Reads what is there now; whether there can be more.
-    pub fn read(&self) -> bool {
+    /// Reads what is there now, as far as a turn goes.
+    pub fn read(&self) -> Left {
         let mut buffer = [0; 4096];
-        loop {
+        let mut taken = 0;
+        while taken < TURN {
             match (&self.pipe).read(&mut buffer) {
-                Ok(0) => return false,
+                Ok(0) => return Left::End,
                 Ok(n) => {
-                    tracing::debug!(console = %printable(&buffer[..n]).join(" | "));
+                    self.log(&buffer[..n]);
                     self.keep(&buffer[..n]);
+                    taken += n;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Left::Nothing,
+                Err(_) => return Left::End,
             }
+        }
+        Left::Perhaps
+    }
+
+    fn log(&self, bytes: &[u8]) {
+        let before = self.logged.get();
+        if before > LOGGED_MAX {
+            return;
+        }
+        self.logged.set(before + bytes.len());
+        tracing::debug!(console = %lines_of(bytes).join(" | "));
+        if self.logged.get() > LOGGED_MAX {
+            tracing::debug!(
+                "the guest's console has said more than {LOGGED_MAX} bytes: the rest is not logged"
+            );
         }
     }
 
@@ -55,10 +92,11 @@ impl Console {
     pub async fn read_all(&self) {
         let Ok(pipe) = register(self.pipe.as_fd(), Interest::READABLE) else { return };
         while let Ok(mut ready) = pipe.readable().await {
-            if !self.read() {
-                return;
+            match self.read() {
+                Left::End => return,
+                Left::Nothing => ready.clear_ready(),
+                Left::Perhaps => tokio::task::yield_now().await,
             }
-            ready.clear_ready();
         }
     }
 
@@ -73,7 +111,7 @@ impl Console {
     pub fn lines(&self) -> Vec<String> {
         let tail = self.tail.borrow();
         let (a, b) = tail.as_slices();
-        printable(&[a, b].concat())
+        lines_of(&[a, b].concat())
     }
 
     /// The line with which a kernel begins to die.
@@ -84,14 +122,11 @@ impl Console {
     }
 }
 
-/// Lines without control characters: no escape sequence of a guest reaches a terminal or a log.
-fn printable(bytes: &[u8]) -> Vec<String> {
+/// Lines fit to be shown: no escape sequence of a guest reaches a terminal or a log.
+fn lines_of(bytes: &[u8]) -> Vec<String> {
     String::from_utf8_lossy(bytes)
         .lines()
-        .map(|line| {
-            let clean = line.chars().map(|c| if c.is_control() { ' ' } else { c });
-            clean.take(LINE_MAX).collect::<String>().trim_end().to_owned()
-        })
+        .map(|line| printable(line, LINE_MAX).trim_end().to_owned())
         .filter(|line| !line.is_empty())
         .collect()
 }
@@ -110,14 +145,38 @@ mod tests {
             console.read();
         }
         write.write_all(b"\r\n\x1b[31mKernel panic - not syncing: \xffboo\x07\r\n").unwrap();
-        assert!(console.read(), "the other end is open");
+        assert_eq!(console.read(), Left::Nothing, "the other end is open");
         drop(write);
-        assert!(!console.read(), "and now it is closed");
+        assert_eq!(console.read(), Left::End, "and now it is closed");
         assert!(console.tail.borrow().len() <= KEEP);
         let lines = console.lines();
         assert!(lines.iter().any(|line| line == "line 2999"));
         assert!(!lines.iter().any(|line| line == "line 0"));
         assert!(lines.iter().all(|line| !line.contains(char::is_control)));
         assert_eq!(console.panic().unwrap(), "not syncing: \u{fffd}boo");
+    }
+
+    #[test]
+    fn a_console_that_is_written_to_without_end_does_not_keep_the_event_loop() {
+        let (console, write) = Console::new().unwrap();
+        let mut write = File::from(write);
+        nix::fcntl::fcntl(&write, nix::fcntl::FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        // Ends when the console is dropped.
+        let flood = std::thread::spawn(move || while write.write_all(&[b'x'; 1 << 16]).is_ok() {});
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let others = async {
+                for _ in 0..1000 {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::select! {
+                () = console.read_all() => panic!("the console has ended"),
+                () = others => {}
+            }
+        });
+        assert!(console.tail.borrow().len() <= KEEP && console.tail.borrow().capacity() <= 4 * KEEP);
+        drop(console);
+        flood.join().unwrap();
     }
 }

@@ -24,6 +24,9 @@ const SPLICE_MAX: usize = 1 << 20;
 /// Buffer for what cannot be spliced.
 const BUFFER: usize = 16 * 1024;
 
+/// Pieces that are moved before others get their turn of the event loop.
+const TURN: u32 = 32;
+
 /// How a descriptor of the host is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -150,7 +153,13 @@ pub async fn to_host(stream: OwnedFd, sink: Endpoint, first: impl FnOnce()) -> i
     let mut first = Some(first);
     let mut splices = sink.kind == Kind::Pipe;
     let mut buffer = Vec::new();
+    let mut pieces = 0u32;
     loop {
+        // A guest that writes without end to where there is always room would keep signals and other streams waiting.
+        pieces = pieces.wrapping_add(1);
+        if pieces.is_multiple_of(TURN) {
+            tokio::task::yield_now().await;
+        }
         let mut readable = stream.readable().await?;
         let moved = if splices {
             let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;

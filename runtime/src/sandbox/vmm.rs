@@ -6,7 +6,7 @@
 //! gone.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,10 +23,13 @@ use tokio::sync::oneshot;
 use super::poll::register;
 use super::spawn::{self, Child};
 use super::timeline::Timeline;
+use crate::printable::printable;
 use crate::process::ProcessId;
 
 /// More events than a VMM sends that nobody has read meanwhile.
 const MAX_LAST_WORDS: usize = 64;
+/// Longest reason of a VMM that is shown, in characters: it may be the guest's.
+const REASON_MAX: usize = 1000;
 /// How long a VMM may take to end that has closed its socket.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -70,6 +73,8 @@ pub struct Vmm {
     /// remove it, as long as everything else that a VMM's end takes (two or three RCU grace periods).
     _namespace: Option<File>,
     next_connect: Cell<u64>,
+    /// Streams that were asked for and not answered.
+    connecting: RefCell<HashSet<u64>>,
     /// Who waits for a network slot.
     attaching: RefCell<HashMap<u8, oneshot::Sender<Result<(), String>>>>,
 }
@@ -87,6 +92,7 @@ impl Vmm {
             child: RefCell::new(child),
             _namespace: namespace,
             next_connect: Cell::new(1),
+            connecting: RefCell::default(),
             attaching: RefCell::default(),
         })
     }
@@ -116,6 +122,7 @@ impl Vmm {
             .map_err(|e| Error::Stream(e.into()))?;
         let id = self.next_connect.get();
         self.next_connect.set(id + 1);
+        self.connecting.borrow_mut().insert(id);
         self.client.connect(id, port, theirs.as_fd()).map_err(|e| self.reason(e))?;
         Ok(ours)
     }
@@ -137,16 +144,16 @@ impl Vmm {
         self.client.set_link(slot, up).map_err(|e| self.reason(e))
     }
 
-    fn attached(&self, slot: u8, result: Result<(), String>) {
-        if let Some(waiting) = self.attaching.borrow_mut().remove(&slot) {
-            let _ = waiting.send(result);
-        }
+    /// Passes an answer on; whether somebody has asked.
+    fn attached(&self, slot: u8, result: Result<(), String>) -> bool {
+        let waiting = self.attaching.borrow_mut().remove(&slot);
+        waiting.map(|waiting| waiting.send(result)).is_some()
     }
 
     /// A VMM that takes no more requests may have said why.
     fn reason(&self, error: control::Error) -> Error {
         match self.last_words() {
-            Some(Event::Failed { message }) => Error::Failed(message),
+            Some(Event::Failed { message }) => Error::Failed(printable(&message, REASON_MAX)),
             _ => Error::Control(error),
         }
     }
@@ -166,7 +173,8 @@ impl Vmm {
         None
     }
 
-    /// Follows the VM to its end.
+    /// Follows the VM to its end. A VMM is obeyed in nothing and believed little: what it says is made printable, and
+    /// one that answers what it was not asked is ended, so that it cannot keep its supervisor busy.
     pub async fn watch(&self, timeline: &Timeline, started: &Cell<u64>) -> Ending {
         let socket = match register(self.client.as_fd(), Interest::READABLE) {
             Ok(socket) => socket,
@@ -176,31 +184,45 @@ impl Vmm {
             let Ok(mut ready) = socket.readable().await else { return self.died() };
             match self.client.try_recv() {
                 Ok(Poll::Pending) => ready.clear_ready(),
-                Ok(Poll::Ready(Some(event))) => match event {
-                    Event::Started(times) => {
-                        started.set(times.first_run_ns);
-                        timeline.mark_at("vmm_entered", times.entered_ns);
-                        timeline.mark_at("vm_created", times.vm_created_ns);
-                        timeline.mark_at("kernel_loaded", times.kernel_loaded_ns);
-                        timeline.mark_at("first_guest_instruction", times.first_run_ns);
+                Ok(Poll::Ready(Some(event))) => {
+                    let asked_for = match event {
+                        Event::Started(times) => {
+                            let first = started.replace(times.first_run_ns) == 0;
+                            timeline.mark_at("vmm_entered", times.entered_ns);
+                            timeline.mark_at("vm_created", times.vm_created_ns);
+                            timeline.mark_at("kernel_loaded", times.kernel_loaded_ns);
+                            timeline.mark_at("first_guest_instruction", times.first_run_ns);
+                            first
+                        }
+                        Event::Connected { id } => self.connecting.borrow_mut().remove(&id),
+                        Event::Refused { id, reason } => {
+                            let reason = printable(&reason, REASON_MAX);
+                            tracing::warn!(id, reason, "the guest refused a stream");
+                            self.connecting.borrow_mut().remove(&id)
+                        }
+                        Event::NetworkAttached { slot } => self.attached(slot, Ok(())),
+                        Event::NetworkRefused { slot, reason } => {
+                            self.attached(slot, Err(printable(&reason, REASON_MAX)))
+                        }
+                        // Nobody here asks for that.
+                        Event::Paused | Event::Resumed => false,
+                        last @ (Event::Stopped(_) | Event::Failed { .. }) => return ending(last),
+                    };
+                    if !asked_for {
+                        self.kill();
+                        return Ending::Died(
+                            "it was killed, because it answered what it was not asked".into(),
+                        );
                     }
-                    Event::Refused { id, reason } => {
-                        tracing::warn!(id, reason, "the guest refused a stream");
-                    }
-                    Event::NetworkAttached { slot } => self.attached(slot, Ok(())),
-                    Event::NetworkRefused { slot, reason } => self.attached(slot, Err(reason)),
-                    Event::Connected { .. } | Event::Paused | Event::Resumed => {}
-                    Event::Stopped(reason) => return Ending::Stopped(reason),
-                    Event::Failed { message } => return Ending::Failed(message),
-                },
+                }
                 Ok(Poll::Ready(None)) => match self.last_words() {
-                    Some(Event::Failed { message }) => return Ending::Failed(message),
-                    Some(Event::Stopped(reason)) => return Ending::Stopped(reason),
-                    _ => return self.died(),
+                    Some(last) => return ending(last),
+                    None => return self.died(),
                 },
                 Err(e) => {
                     self.kill();
-                    return Ending::Died(format!("it was killed, because: {e}"));
+                    let why = printable(&e.to_string(), REASON_MAX);
+                    return Ending::Died(format!("it was killed, because: {why}"));
                 }
             }
         }
@@ -233,6 +255,18 @@ impl Drop for Vmm {
     fn drop(&mut self) {
         self.kill();
         let _ = self.wait();
+    }
+}
+
+/// What the last event of a VMM says, made printable.
+fn ending(last: Event) -> Ending {
+    match last {
+        Event::Failed { message } => Ending::Failed(printable(&message, REASON_MAX)),
+        Event::Stopped(StopReason::Error(why)) => {
+            Ending::Stopped(StopReason::Error(printable(&why, REASON_MAX)))
+        }
+        Event::Stopped(reason) => Ending::Stopped(reason),
+        other => Ending::Died(format!("its last word was {}", printable(&format!("{other:?}"), REASON_MAX))),
     }
 }
 

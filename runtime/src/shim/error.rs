@@ -3,6 +3,7 @@
 use ttrpc::{Code, get_status};
 
 use super::{rootfs, stdio};
+use crate::printable::error_line;
 use crate::{bundle, sandbox, state};
 
 /// Errors of a call.
@@ -53,6 +54,6 @@ impl From<Error> for ttrpc::Error {
             Error::Unimplemented(_) => Code::UNIMPLEMENTED,
             Error::Gone(_) | Error::Rootfs(_) | Error::Sandbox(_) | Error::State(_) => Code::UNKNOWN,
         };
-        ttrpc::Error::RpcStatus(get_status(code, error))
+        ttrpc::Error::RpcStatus(get_status(code, error_line(&error)))
     }
 }

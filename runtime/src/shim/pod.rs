@@ -21,6 +21,7 @@ use super::events::{Publisher, timestamp};
 use super::process::{Exited, Process, Stage};
 use super::role::Role;
 use super::task::Container;
+use crate::printable::error_line;
 use crate::sandbox::agent::{self, Exit};
 use crate::sandbox::stdio::Relays;
 use crate::sandbox::{self, Sandbox};
@@ -71,7 +72,7 @@ impl Pod {
     ) -> Rc<Self> {
         let (vm, kept, gone) = match vm {
             Ok((vm, dir, state)) => (Some(vm), Some((dir, RefCell::new(state))), None),
-            Err(e) => (None, None, Some(one_line(&e))),
+            Err(e) => (None, None, Some(error_line(&e))),
         };
         let vmm = kept.as_ref().and_then(|(_, state)| state.borrow().vmm);
         let pid = vmm.map_or(std::process::id(), |vmm| vmm.pid as u32);
@@ -140,7 +141,7 @@ impl Pod {
         };
         tokio::select! {
             biased;
-            error = vm.watch() => self.has_ended(&one_line(&error), error.console()),
+            error = vm.watch() => self.has_ended(&error_line(&error), error.console()),
             () = async { tokio::join!(up, vm.read_console()); } => {}
         }
     }
@@ -157,7 +158,7 @@ impl Pod {
     async fn lost(&self, error: &sandbox::Error) {
         let _ = timeout(ENDING_TIMEOUT, self.went.notified()).await;
         if self.gone.borrow().is_none() {
-            self.end(&one_line(error));
+            self.end(&error_line(error));
         }
     }
 
@@ -276,9 +277,4 @@ impl Pod {
         };
         self.publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
-}
-
-/// An error for containerd and its log.
-pub fn one_line(error: &sandbox::Error) -> String {
-    error.to_string().replace('\n', " ")
 }

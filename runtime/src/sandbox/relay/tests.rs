@@ -180,3 +180,25 @@ fn a_guest_that_takes_no_input_ends_the_relay() {
         to_guest(Endpoint::new(read, Direction::ToGuest).unwrap(), ours).await.unwrap();
     });
 }
+
+#[test]
+fn output_without_end_leaves_others_their_turn() {
+    let (ours, mut guest) = stream();
+    // Ends when the relay is dropped.
+    let flood = std::thread::spawn(move || while guest.write_all(&[7; 1 << 16]).is_ok() {});
+    let sink = OwnedFd::from(File::options().write(true).open("/dev/null").unwrap());
+    block_on(async {
+        let others = async {
+            for _ in 0..1000 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            result = to_host(ours, Endpoint::new(sink, Direction::ToHost).unwrap(), || ()) => {
+                panic!("the relay has ended: {result:?}")
+            }
+            () = others => {}
+        }
+    });
+    flood.join().unwrap();
+}
