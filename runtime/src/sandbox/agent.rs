@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, ExecRequest, HandshakeRequest,
     HandshakeResponse, Process, ProcessRequest, ResizeRequest, SetNetworkRequest, SetupSandboxRequest,
@@ -16,6 +17,7 @@ use stockade_agent_protocol::messages::{
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
+use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
@@ -29,6 +31,9 @@ const EVENTS_A_SECOND: u32 = 10;
 const PROCESSES_MAX: usize = 1 << 16;
 const COMMAND_MAX: usize = 4096;
 const TTY_MAX: usize = 64;
+
+/// How long an agent may take to pass a SIGKILL on: milliseconds, unless the guest has its reasons.
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Longest message of the guest that is shown, in characters.
 const MESSAGE_MAX: usize = 1000;
@@ -47,6 +52,9 @@ pub enum Error {
         "the agent in the guest speaks version {0} of the contract instead of {PROTOCOL_VERSION}: rebuild the guest files with `make image`"
     )]
     Version(u32),
+    /// it could have answered long ago
+    #[error("the agent in the guest has not answered a SIGKILL within {} s", KILL_TIMEOUT.as_secs())]
+    Silent,
     /// no connection could be made
     #[error("cannot talk to the agent: {0}")]
     Connect(#[source] io::Error),
@@ -162,7 +170,8 @@ impl Agent {
         call(self.0.exec(context(), &request)).await.map(|reply| reply.pid)
     }
 
-    /// Signals one process, or all of the container's. An empty `exec_id` is the container's init.
+    /// Signals one process, or all of the container's. An empty `exec_id` is the container's init. A SIGKILL that is
+    /// not answered is [`Error::Silent`]: who sends one must not have to wait for the guest's consent.
     pub async fn signal(&self, id: &str, exec_id: &str, signal: i32, all: bool) -> Result<(), Error> {
         let request = SignalRequest {
             container_id: id.into(),
@@ -171,7 +180,11 @@ impl Agent {
             all,
             ..Default::default()
         };
-        call(self.0.signal(context(), &request)).await.map(drop)
+        let answer = call(self.0.signal(context(), &request));
+        if signal == Signal::SIGKILL as i32 {
+            return timeout(KILL_TIMEOUT, answer).await.map_err(|_| Error::Silent)?.map(drop);
+        }
+        answer.await.map(drop)
     }
 
     /// Waits for the end of a process, and of its output.
@@ -305,6 +318,14 @@ mod tests {
                 assert!(matches!(error, Error::Closed(_)) && !text.contains(char::is_control), "{text:?}");
             }
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_that_does_not_answer_a_sigkill_is_not_waited_for() {
+        let (ours, _guest) = StdUnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let agent = Agent::new(ours.into()).unwrap();
+        assert!(matches!(agent.signal("c", "", 9, false).await, Err(Error::Silent)));
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub(super) struct Supervisor {
     poststart: RefCell<Vec<Hook>>,
     interrupted: Notify,
     interrupt: Cell<Option<Signal>>,
+    /// The agent does not do what it must.
+    given_up: Notify,
     execs: RefCell<Vec<JoinHandle<()>>>,
     exec_count: Cell<u64>,
 }
@@ -64,6 +66,7 @@ impl Supervisor {
             poststart: RefCell::default(),
             interrupted: Notify::new(),
             interrupt: Cell::new(None),
+            given_up: Notify::new(),
             execs: RefCell::default(),
             exec_count: Cell::new(0),
         })
@@ -101,6 +104,10 @@ impl Supervisor {
             ending = &mut ending => return Err(ending),
             () = self.interrupted.notified() => {
                 Err(Error::Interrupted(self.interrupt.get().unwrap_or(Signal::SIGTERM)))
+            }
+            () = self.given_up.notified() => {
+                let what = "have the container killed";
+                Err(self.sandbox.vm_ended(Error::Agent { what, source: agent::Error::Silent }.to_string()))
             }
             () = beside => Err(Error::SupervisorGone),
         };
@@ -262,7 +269,14 @@ impl Supervisor {
             Request::Update => self.update(fds).await,
             Request::Start => self.start_on_request().await,
             Request::Kill { signal, all } => {
-                self.sandbox.agent.signal(&self.id(), "", signal, all).await.map_err(|e| e.to_string())
+                match self.sandbox.agent.signal(&self.id(), "", signal, all).await {
+                    // Then its VM is killed, and with it the container.
+                    Err(agent::Error::Silent) => {
+                        self.given_up.notify_one();
+                        Ok(())
+                    }
+                    other => other.map_err(|e| e.to_string()),
+                }
             }
             Request::Pause => self.freeze(true).await,
             Request::Resume => self.freeze(false).await,

@@ -24,6 +24,8 @@ use super::role::Role;
 use super::stdio::{self, Owner, Paths};
 use super::{rootfs, stats};
 use crate::bundle::{self, Bundle, guest};
+use crate::printable::error_line;
+use crate::sandbox::{self, agent};
 
 /// Where the root filesystem is in a bundle.
 pub const ROOTFS: &str = "rootfs";
@@ -320,8 +322,15 @@ impl Pod {
         match self.vm()?.agent.signal(id, exec_id, signal as i32, all).await {
             Ok(()) => Ok(()),
             // Ended in the guest, its output is still on its way here.
-            Err(crate::sandbox::agent::Error::Refused(reason)) if reason.contains("has ended") => {
+            Err(agent::Error::Refused(reason)) if reason.contains("has ended") => {
                 Err(Error::NotFound(format!("process {} has ended already", named(id, exec_id))))
+            }
+            // The container is to go, so its VM goes.
+            Err(source @ agent::Error::Silent) if exec_id.is_empty() => {
+                let error = sandbox::Error::Agent { what: "have the container killed", source };
+                tracing::error!(container = id, "{error}");
+                self.end(&error_line(&error));
+                Ok(())
             }
             Err(e) => Err(self.explain("signal the process", e).await),
         }
