@@ -552,6 +552,76 @@ fn a_read_or_listing_of_four_gigabytes_costs_no_memory() {
     assert_eq!(mount.read(node, handle, 0, 16).unwrap(), b"content");
 }
 
+#[test]
+fn a_directory_that_is_swapped_for_a_symbolic_link_meanwhile_is_no_way_out() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let mut mount = Mount::new();
+    let outside = mount.dir.join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("file"), b"secret").unwrap();
+    std::fs::create_dir(mount.share("d")).unwrap();
+    mount.write("d/file", b"public");
+    symlink("../outside", mount.share("link")).unwrap();
+    let stop = AtomicBool::new(false);
+    let names = [mount.share("d"), mount.share("link")].map(|p| cstr(p.to_str().unwrap()));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let [one, other] = names.each_ref().map(|name| name.as_ptr().cast());
+                // SAFETY: two paths that end with a zero.
+                let swapped = unsafe {
+                    libc::renameat2(libc::AT_FDCWD, one, libc::AT_FDCWD, other, libc::RENAME_EXCHANGE)
+                };
+                assert_eq!(swapped, 0);
+            }
+        });
+        let (mut public, mut links) = (0, 0);
+        // Until both have been met, and some more.
+        while public < 200 || links < 200 {
+            let (node, mode) = mount.lookup(ROOT, "d").unwrap();
+            if mode & libc::S_IFMT == libc::S_IFLNK {
+                links += 1;
+                assert!(mount.lookup(node, "file").is_err());
+                assert!(mount.open(node, libc::O_RDONLY).is_err());
+                assert!(mount.call(OPENDIR, node, &words(&[0, 0])).is_err());
+                continue;
+            }
+            public += 1;
+            let (file, _) = mount.lookup(node, "file").unwrap();
+            let handle = mount.open(file, libc::O_RDONLY).unwrap();
+            assert_eq!(mount.read(file, handle, 0, 100).unwrap(), b"public");
+            let body = [&handle.to_le_bytes()[..], &[0; 16]].concat();
+            mount.call(RELEASE, file, &body).unwrap();
+            // What is made is made inside, wherever the name leads by now.
+            let _ = mount.call(MKDIR, node, &[&words(&[0o755, 0])[..], &cstr("made")].concat());
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let left: Vec<_> = std::fs::read_dir(&outside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["file"]);
+    assert_eq!(std::fs::read(outside.join("file")).unwrap(), b"secret");
+}
+
+#[test]
+fn a_device_that_lies_in_the_share_is_seen_but_never_opened() {
+    if !is_root() {
+        return;
+    }
+    let mut mount = Mount::new();
+    let path = cstr(mount.share("null").to_str().unwrap());
+    // SAFETY: a path that ends with a zero.
+    let made = unsafe { libc::mknod(path.as_ptr().cast(), libc::S_IFCHR | 0o666, libc::makedev(1, 3)) };
+    assert_eq!(made, 0);
+    let (node, mode) = mount.lookup(ROOT, "null").unwrap();
+    assert_eq!(mode & libc::S_IFMT, libc::S_IFCHR);
+    for flags in [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR | libc::O_NONBLOCK, libc::O_PATH] {
+        assert!(mount.open(node, flags).is_err(), "flags {flags:#x}");
+    }
+    // CREATE opens what is there.
+    let body = [&words(&[libc::O_RDWR as u32, 0o644, 0, 0])[..], &cstr("null")].concat();
+    assert!(mount.call(CREATE, ROOT, &body).is_err());
+}
+
 /// fuse-backend-rs sets the flags of each read and write on its own descriptor, and closes that where the host's
 /// kernel refuses them: a guest could have whatever is opened next under the number.
 #[test]
