@@ -9,6 +9,7 @@
 
 mod harness;
 
+mod attacks;
 mod bad_input;
 mod cgroup;
 mod check;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     // One VM keeps one CPU of the emulated host busy.
     arguments.test_threads.get_or_insert(2);
     let cases: Vec<_> = [
+        attacks::CASES,
         bad_input::CASES,
         cgroup::CASES,
         check::CASES,

@@ -31,6 +31,7 @@ const PARTS: &[&[&str]] = &[
     &["network::"],
     &["endurance::fifty_runs"],
     &["endurance::"],
+    &["attacks::"],
     &["image::"],
     &["containerd::"],
     &["stdio::"],

@@ -1,0 +1,252 @@
+//! Attacks from inside: a container that may do everything in its guest does its worst to what the host runs for it.
+//! Whatever comes of it in the guest, on the host no process but the sandbox's own may be harmed, none of those may
+//! take more memory than it is due, and the sandbox ends with a reason and leaves nothing.
+
+use std::fs;
+
+use serde_json::json;
+
+use crate::harness::{Bundle, Case, Container, Exit, Runtime, Stdin, case, host_scratch, vmm_of};
+
+const GUEST: &str = "the guest";
+
+pub const CASES: &[Case] = &[
+    case!(console_flood_is_bounded_and_forges_nothing).stockade_only(GUEST),
+    case!(thousands_of_vsock_connects_are_refused_and_cost_nothing).stockade_only(GUEST),
+    case!(drivers_taken_from_their_devices_and_given_back_during_traffic).stockade_only(GUEST),
+    case!(read_only_files_are_read_only_on_the_host_too).stockade_only(GUEST),
+    case!(fork_bomb_and_memory_hog_stay_in_their_guest).stockade_only(GUEST),
+    case!(agent_without_its_connection_is_the_end_with_a_reason).stockade_only(GUEST),
+    case!(agent_that_was_overwritten_is_the_end_with_a_reason).stockade_only(GUEST),
+    case!(agent_that_stands_still_is_killed_with_its_container).stockade_only(GUEST),
+];
+
+/// What a supervisor and a VMM hold in memory of their own beside the guest's, with much to spare, in MiB.
+const OWN_MEMORY: u64 = 64;
+/// Memory of the attackers' VMs, in MiB: their container's limit, and what the guest needs itself.
+const LIMIT: u64 = 128;
+const GUEST_MEMORY: u64 = LIMIT + 160;
+
+/// A container that runs a script as root of its guest: all capabilities, all devices, the guest's own pid
+/// namespace, nothing masked or read-only.
+fn privileged(bundle: Bundle) -> Bundle {
+    let all: Vec<String> = [
+        "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE",
+        "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT",
+        "SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP",
+        "MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE",
+    ]
+    .iter()
+    .flat_map(|line| line.split(' '))
+    .map(|name| format!("CAP_{name}"))
+    .collect();
+    bundle
+        .set("/process/capabilities", json!({ "bounding": all, "effective": all, "permitted": all }))
+        .set("/process/noNewPrivileges", false)
+        .set("/linux/resources/devices", json!([{ "allow": true, "access": "rwm" }]))
+        .set("/linux/resources/memory", json!({ "limit": LIMIT << 20 }))
+        .set("/linux/maskedPaths", json!([]))
+        .set("/linux/readonlyPaths", json!([]))
+        .without_namespace("pid")
+        .mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "rw"])
+        .mount("/tmp", "tmpfs", "tmpfs", &["dev", "size=8m"])
+}
+
+/// Resident memory of a process in MiB, at its highest.
+fn peak(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
+    line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).expect("a number") >> 10
+}
+
+/// The two processes of a sandbox, while it is attacked.
+fn costs_what_it_may(attacker: &Container) {
+    let supervisor = attacker.program.pid();
+    let vmm = vmm_of(supervisor).expect("a VMM");
+    let (of_supervisor, of_vmm) = (peak(supervisor), peak(vmm));
+    assert!(of_supervisor <= OWN_MEMORY, "the supervisor took {of_supervisor} MiB");
+    assert!(of_vmm <= GUEST_MEMORY + OWN_MEMORY, "the VMM took {of_vmm} MiB");
+}
+
+fn works(other: &Container) {
+    assert_eq!(
+        other.exec("echo well; cat /etc/hostname 2> /dev/null; true").code(0).text().lines().next(),
+        Some("well")
+    );
+}
+
+fn console_flood_is_bounded_and_forges_nothing() {
+    let runtime = Runtime::under_test();
+    let other = runtime.idle();
+    let dir = host_scratch();
+    let log = dir.path().join("log");
+    // As loud as the kernel can be, with what a terminal or a log could take for something else.
+    let script = "mknod /tmp/kmsg c 1 11; echo on > /proc/sys/kernel/printk_devkmsg; echo 8 > /proc/sys/kernel/printk; \
+                  line=$(printf 'x\\033[2J\\033]0;title\\007\\302\\2331mlevel=error msg=forged'); \
+                  (while :; do echo \"<0>$line\"; done > /tmp/kmsg) & \
+                  (while :; do echo \"<0>$line$line$line\"; done > /tmp/kmsg) & echo flooding; wait";
+    let loud = runtime.clone().global(&["--debug", "--log", log.to_str().unwrap()]);
+    let attacker = loud.start(&privileged(Bundle::sh(script)), Stdin::Null);
+    attacker.program.expect_line("flooding");
+    for _ in 0..10 {
+        works(&other);
+    }
+    costs_what_it_may(&attacker);
+    attacker.kill("KILL");
+    attacker.finish();
+    works(&other);
+    let text = fs::read(&log).unwrap();
+    assert!(text.len() < 8 << 20, "the log has {} bytes", text.len());
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.contains("forged"), "nothing of the console was logged");
+    assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "control characters in the log");
+    for line in text.lines() {
+        assert!(line.starts_with("time=\""), "a line that is no record: {line}");
+    }
+}
+
+fn thousands_of_vsock_connects_are_refused_and_cost_nothing() {
+    let runtime = Runtime::under_test();
+    let other = runtime.idle();
+    // AF_VSOCK, to the host and to others, from several processes at once.
+    let script = r#"
+        $| = 1; print "attacking\n";
+        my @children;
+        for my $child (1..3) {
+            my $pid = fork; push @children, $pid and next if $pid;
+            my $refused = 0;
+            for my $n (1..1000) {
+                socket(my $s, 40, 1, 0) or die "socket: $!";
+                my $cid = (2, 2, 2, 0, 77)[$n % 5];
+                connect($s, pack("SSLLx4", 40, 0, $n * $child, $cid)) and die "connected";
+                $refused++; close $s;
+            }
+            exit($refused == 1000 ? 0 : 1);
+        }
+        for (@children) { waitpid $_, 0; print "refused $?\n" }
+        print "done\n"; sleep 1000"#;
+    let attacker = runtime.start(&privileged(Bundle::perl(script)), Stdin::Null);
+    attacker.program.expect_line("attacking");
+    works(&other);
+    for _ in 0..3 {
+        attacker.program.expect_line("refused 0");
+    }
+    attacker.program.expect_line("done");
+    costs_what_it_may(&attacker);
+    // Its own streams still work.
+    works(&attacker);
+    works(&other);
+    attacker.kill("KILL");
+    attacker.finish();
+}
+
+fn drivers_taken_from_their_devices_and_given_back_during_traffic() {
+    let runtime = Runtime::under_test();
+    let other = runtime.idle();
+    // Each bind is a reset, a negotiation and an activation. Not the root's file system, nor the agent's connection.
+    let script = "cd /sys/bus/virtio/drivers; \
+                  (while :; do dd if=/dev/hwrng of=/dev/null bs=4k count=1 2> /dev/null; done) & \
+                  mknod /tmp/hwrng c 10 183; \
+                  (while :; do dd if=/tmp/hwrng of=/dev/null bs=4k count=4 2> /dev/null; done) & \
+                  n=0; while [ $n -lt 50 ]; do \
+                    for driver in virtio_balloon virtio_net virtio_blk virtio_rng; do \
+                      for device in $driver/virtio*; do [ -e $device ] || continue; name=${device#*/}; \
+                        echo $name > $driver/unbind; echo $name > $driver/bind; bound=$driver; done; done; \
+                    n=$((n + 1)); done; echo rebound $n $bound; sleep 1000";
+    let attacker = runtime.start(&privileged(Bundle::sh(script)), Stdin::Null);
+    attacker.program.expect_line("rebound 50 virtio_rng");
+    works(&attacker);
+    works(&other);
+    costs_what_it_may(&attacker);
+    attacker.kill("KILL");
+    attacker.finish();
+}
+
+fn read_only_files_are_read_only_on_the_host_too() {
+    let dir = host_scratch();
+    fs::write(dir.path().join("file"), "text").unwrap();
+    let script = "for mount in / /v; do mount -o remount,rw $mount; mount -o remount,bind,rw $mount; done 2> /dev/null; \
+                  mkdir /tmp/s; mount -t virtiofs share /tmp/s 2> /dev/null; \
+                  for place in / /v /tmp/s/*/*; do touch $place/made 2> /dev/null && echo made $place; done; \
+                  echo x 2> /dev/null > /v/file && echo written; chmod 777 /v/file 2> /dev/null && echo changed; \
+                  rm -f /v/file 2> /dev/null && echo removed; echo done";
+    let bundle = privileged(Bundle::sh(script)).bind(dir.path(), "/v", &["ro"]);
+    let ended = Runtime::under_test().run(&bundle).code(0);
+    assert_eq!(ended.text(), "done\n", "{ended:?}");
+    assert_eq!(fs::read_to_string(dir.path().join("file")).unwrap(), "text");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+fn fork_bomb_and_memory_hog_stay_in_their_guest() {
+    let runtime = Runtime::under_test();
+    let other = runtime.idle();
+    let script = r#"$| = 1; print "bomb\n"; fork while 1"#;
+    let bomb = runtime.start(&privileged(Bundle::perl(script)), Stdin::Null);
+    bomb.program.expect_line("bomb");
+    let script = r#"$| = 1; print "hog\n"; if (fork) { wait; sleep 1000 } push @x, 'x' x (1 << 20) while 1"#;
+    let hog = runtime.start(&privileged(Bundle::perl(script)), Stdin::Null);
+    hog.program.expect_line("hog");
+    for _ in 0..3 {
+        works(&other);
+    }
+    costs_what_it_may(&bomb);
+    // By force, whatever the guest can still do.
+    bomb.op_with(&["delete", "--force"], &[]).code(0);
+    hog.op_with(&["delete", "--force"], &[]).code(0);
+    bomb.op("state").refused();
+    hog.op("state").refused();
+    works(&other);
+}
+
+/// A privileged container that does something to its agent, and what its caller is told.
+fn end_of(script: &str) -> String {
+    let runtime = Runtime::under_test();
+    let other = runtime.idle();
+    let ended = runtime.run(&privileged(Bundle::perl(script)));
+    assert!(matches!(ended.exit, Exit::Code(1..)), "{ended:?}");
+    assert!(ended.text().starts_with("attacking"), "{ended:?}");
+    works(&other);
+    ended.stderr
+}
+
+fn agent_without_its_connection_is_the_end_with_a_reason() {
+    let script = r#"
+        $| = 1; print "attacking\n"; my $drivers = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport";
+        -d $drivers or ($drivers) = glob "/sys/bus/virtio/drivers/*vsock* /sys/bus/virtio/drivers/*virtio_transport*";
+        my ($device) = glob "$drivers/virtio[0-9]*"; $device =~ s{.*/}{};
+        open F, ">", "$drivers/unbind" or die "$drivers: $!"; syswrite F, $device; sleep 1000"#;
+    let reason = end_of(script);
+    assert!(reason.contains("agent") || reason.contains("guest"), "{reason}");
+}
+
+fn agent_that_was_overwritten_is_the_end_with_a_reason() {
+    let script = r#"
+        $| = 1; print "attacking\n";
+        open MAPS, "/proc/1/maps" or die "maps: $!"; my @maps = grep { / rw/ } <MAPS>;
+        open MEM, "+<", "/proc/1/mem" or die "mem: $!";
+        for (@maps) {
+            my ($from, $to) = map { hex } /^(\w+)-(\w+)/;
+            sysseek MEM, $from, 0; syswrite MEM, "\x41" x ($to - $from);
+        }
+        kill "CHLD", 1; sleep 1000"#;
+    let reason = end_of(script);
+    assert!(reason.contains("panic") || reason.contains("agent") || reason.contains("guest"), "{reason}");
+}
+
+fn agent_that_stands_still_is_killed_with_its_container() {
+    let runtime = Runtime::under_test();
+    // PTRACE_SEIZE and PTRACE_INTERRUPT of every thread of the agent, which nobody then lets go on.
+    let script = r#"
+        $| = 1;
+        for my $thread (map { m{(\d+)$} } glob "/proc/1/task/*") {
+            syscall(101, 0x4206, $thread + 0, 0, 0) == 0 or die "seize $thread: $!";
+            syscall(101, 0x4207, $thread + 0, 0, 0) == 0 or die "interrupt $thread: $!";
+        }
+        syscall(1, 1, "still\n", 6); sleep 1000"#;
+    let attacker = runtime.start(&privileged(Bundle::perl(script)), Stdin::Null);
+    attacker.program.expect_line("still");
+    attacker.kill("KILL");
+    let ended = attacker.finish();
+    assert!(matches!(ended.exit, Exit::Code(1..)), "{ended:?}");
+    assert!(ended.stderr.contains("not answered a SIGKILL"), "{ended:?}");
+}
