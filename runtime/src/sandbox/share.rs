@@ -102,6 +102,10 @@ impl Share {
         };
         set_attributes(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH | libc::AT_RECURSIVE, &slave)
             .map_err(failed)?;
+        // The directories that hold the mounts are the supervisor's: it makes and removes them by path, and a guest
+        // that put a symbolic link in the way would lead it anywhere on the host. What is mounted there stays as it is.
+        let readonly = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, propagation: 0, ..slave };
+        set_attributes(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH, &readonly).map_err(failed)?;
         Ok(tree)
     }
 
