@@ -7,11 +7,12 @@ STAGE = $(CARGO_TARGET_DIR)/stage
 export CARGO_TARGET_DIR
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench image install lab lint fmt
+.PHONY: help run test fuzz bench image install lab lint fmt
 
 help:
 	@echo 'make run      set everything up and run a container in a microVM'
 	@echo 'make test     set everything up and run all tests'
+	@echo 'make fuzz     look for inputs that harm the host, T=60 seconds a target; ONLY=vsock one of them'
 	@echo 'make bench    measure on the virtual clock, beside runc and crun (CASES="…": some cases only)'
 	@echo 'make image    build the binaries, the guest kernel and the initrd'
 	@echo 'make install  copy binary and guest files to PREFIX ($(PREFIX))'
@@ -19,7 +20,7 @@ help:
 	@echo 'make lint     formatting, clippy, and cargo-deny where it is installed'
 	@echo 'make fmt      format the code'
 
-run test bench image lab:
+run test fuzz bench image lab:
 	@tests/stages.sh $@
 
 # Installs what `make image` left, so that `sudo make install` needs no Rust toolchain.

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The stages behind the Makefile's targets: tests/stages.sh run|test|bench|image|lab.
+# The stages behind the Makefile's targets: tests/stages.sh run|test|fuzz|bench|image|lab.
 #
 # Each stage makes what is missing, reuses what is there, and at the end one table tells what was done and how
 # long it took. What takes minutes (guest kernel, lab image) is kept by the tools that make it in
@@ -211,9 +211,21 @@ run_benchmark() {
     did="in $CARGO_TARGET_DIR/bench"
 }
 
-unit_tests() { cargo_test unit --lib --bins; }
-# Without the agent's own, which wants a kernel image of another kind (see agent/tests/guest/main.rs).
-end_to_end_tests() { PATH=$STOCKADE_STAGE/bin:$PATH cargo_test end-to-end --exclude stockade-agent --test '*'; }
+# With the fuzz targets over their corpora (tests/fuzz): the same few inputs each time.
+unit_tests() { cargo_test unit --lib --bins --test fuzz; }
+end_to_end_tests() { PATH=$STOCKADE_STAGE/bin:$PATH cargo_test end-to-end --test e2e; }
+
+# Looks for inputs that the fuzz targets fail with, $T seconds each. LLVM's pass that counts branches is in the stable
+# compiler too; it needs a build of its own, in which every crate has it.
+search_with_fuzzers() {
+    local counters='-C passes=sancov-module -C llvm-args=-sanitizer-coverage-level=3'
+    counters+=' -C llvm-args=-sanitizer-coverage-inline-8bit-counters'
+    local how=(env "STOCKADE_FUZZ_SECONDS=${T:-60}")
+    [ -z "${KEEP:-}" ] || how=(env STOCKADE_FUZZ_KEEP=1)
+    RUSTFLAGS="-C target-feature=+crt-static $counters" CARGO_TARGET_DIR=$CARGO_TARGET_DIR/fuzz \
+        "${how[@]}" cargo test --locked --profile fuzz -p stockade-fuzz --test fuzz -- ${ONLY:-} | tee "$logs/fuzz.log"
+    did="see $logs/fuzz.log"
+}
 
 prepare() {
     stage packages install_packages
@@ -245,6 +257,11 @@ test)
     report
     [ "$failed" = 0 ]
     ;;
+fuzz)
+    stage packages install_packages
+    stage 'fuzz targets' search_with_fuzzers
+    report
+    ;;
 bench)
     prepare
     stage 'lab image' make_lab_image
@@ -258,6 +275,6 @@ lab)
     exec "$release/stockade-lab" shell --payload "$STOCKADE_STAGE"
     ;;
 *)
-    die "usage: $0 run|test|bench|image|lab"
+    die "usage: $0 run|test|fuzz|bench|image|lab"
     ;;
 esac

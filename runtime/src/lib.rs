@@ -9,6 +9,9 @@ mod bundle;
 mod cli;
 mod clock;
 mod config;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guest_files;
 mod image;
 mod log;

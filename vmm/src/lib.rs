@@ -4,6 +4,9 @@ mod boot_params;
 mod bus;
 mod cmdline;
 pub mod control;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod host;
 mod io_apic;
 pub mod io_loop;

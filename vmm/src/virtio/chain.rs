@@ -296,4 +296,6 @@ fn message(iovecs: &mut [libc::iovec]) -> libc::msghdr {
 }
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;

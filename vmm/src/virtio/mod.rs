@@ -16,8 +16,9 @@ pub mod rng;
 mod thread;
 pub mod vsock;
 
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod testing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -1,16 +1,20 @@
 //! A small virtio driver for tests: fake guest memory, registers and hand-built rings, well-formed or not.
 //!
 //! It waits for interrupts, never for time to pass; [`TestLoop::barrier`] is for what must *not* happen.
+#![allow(missing_docs, reason = "the names are those of the specification")]
+#![allow(clippy::unwrap_used, clippy::new_without_default, reason = "a test may fail by panicking")]
 
 use std::os::fd::AsRawFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::mmio::MmioTransport;
-use super::{Device, F_VERSION_1};
+use super::queue::Virtqueue;
+use super::{ActivateError, Activation, ConfigSpace, Device, F_INDIRECT_DESC, F_VERSION_1, Running};
 use crate::io_loop::{Control, EventSet, IoHandle, IoLoop, Worker};
 use crate::memory::GuestMemory;
 
@@ -273,6 +277,51 @@ impl TestDriver {
         while self.status() & 0x40 == 0 {
             self.wait_interrupt();
         }
+    }
+}
+
+/// A device that does nothing but hand its one queue to the test.
+pub struct QueueTap {
+    queue: Arc<Mutex<Option<Virtqueue>>>,
+    sizes: [u16; 1],
+    config: ConfigSpace,
+}
+
+struct Nothing;
+
+impl Running for Nothing {}
+
+impl QueueTap {
+    /// A driver of the device, and the device's queue.
+    pub fn started(size: u16) -> (TestDriver, Virtqueue) {
+        let queue = Arc::new(Mutex::new(None));
+        let device = QueueTap { queue: queue.clone(), sizes: [size], config: ConfigSpace::new(Vec::new()) };
+        let driver = TestDriver::started(Box::new(device));
+        let queue = queue.lock().unwrap().take().unwrap();
+        (driver, queue)
+    }
+}
+
+impl Device for QueueTap {
+    fn device_type(&self) -> u32 {
+        1
+    }
+
+    fn features(&self) -> u64 {
+        F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn activate(&self, activation: Activation) -> Result<Box<dyn Running>, ActivateError> {
+        *self.queue.lock().unwrap() = activation.queues.into_iter().next();
+        Ok(Box::new(Nothing))
     }
 }
 

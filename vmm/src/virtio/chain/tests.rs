@@ -1,46 +1,11 @@
 use super::*;
 use crate::virtio::queue::{RingError, Virtqueue};
 use crate::virtio::testing::{
-    Buf, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, HIGH_MEMORY, LOW_MEMORY, TestDriver,
+    Buf, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, HIGH_MEMORY, LOW_MEMORY, QueueTap, TestDriver,
 };
-use crate::virtio::{ActivateError, Activation, ConfigSpace, Device, F_INDIRECT_DESC, Running};
-use std::sync::{Arc, Mutex};
-
-/// Hands its one queue to the test.
-struct Tap(Arc<Mutex<Option<Virtqueue>>>, ConfigSpace);
-
-struct Nothing;
-
-impl Running for Nothing {}
-
-impl Device for Tap {
-    fn device_type(&self) -> u32 {
-        1
-    }
-
-    fn features(&self) -> u64 {
-        F_INDIRECT_DESC
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[8]
-    }
-
-    fn config(&self) -> &ConfigSpace {
-        &self.1
-    }
-
-    fn activate(&self, activation: Activation) -> Result<Box<dyn Running>, ActivateError> {
-        *self.0.lock().unwrap() = activation.queues.into_iter().next();
-        Ok(Box::new(Nothing))
-    }
-}
 
 fn tap() -> (TestDriver, Virtqueue) {
-    let queue = Arc::new(Mutex::new(None));
-    let driver = TestDriver::started(Box::new(Tap(queue.clone(), ConfigSpace::new(Vec::new()))));
-    let queue = queue.lock().unwrap().take().unwrap();
-    (driver, queue)
+    QueueTap::started(8)
 }
 
 /// Pops the one chain that `build` makes available, and says what is wrong with it.

@@ -97,6 +97,16 @@ pub fn new(name: String) -> io::Result<(Box<dyn Device>, Plug)> {
     Ok((Box::new(Net { thread: worker::start(name)?, port: port.clone() }), Plug(port)))
 }
 
+/// An interface on a socket in place of a tap.
+#[cfg(feature = "fuzzing")]
+pub fn on_a_socket(wire: std::os::unix::net::UnixDatagram) -> Result<Box<dyn Device>, AttachError> {
+    let (device, plug) = new("net-fuzz".into()).map_err(AttachError::Tap)?;
+    let interface = Interface { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, up: true };
+    wire.set_nonblocking(true).map_err(AttachError::Tap)?;
+    plug.0.attach(interface, || Ok(Tap::fake(wire.into(), |_, _| Ok(()))))?;
+    Ok(device)
+}
+
 /// The host's side of one network slot. May be used from any thread.
 #[derive(Clone)]
 pub struct Plug(Arc<Port>);

@@ -64,7 +64,7 @@ impl Tap {
     }
 
     /// A socket in place of a tap.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn fake(fd: OwnedFd, set_offload: SetOffload) -> Self {
         Tap { fd, offloads: OLD | USO, set_offload }
     }

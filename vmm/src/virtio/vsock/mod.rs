@@ -14,6 +14,8 @@ mod packet;
 mod stream;
 
 #[cfg(test)]
+mod credit;
+#[cfg(test)]
 mod tests;
 
 use std::os::fd::OwnedFd;

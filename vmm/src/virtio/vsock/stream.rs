@@ -211,6 +211,12 @@ impl Stream {
         }
     }
 
+    /// Bytes of the guest's that the host's socket has not taken yet.
+    #[cfg(test)]
+    pub fn held(&self) -> u32 {
+        (self.received - self.forwarded).0
+    }
+
     /// The guest sends `len` bytes, the rest of `buffers`.
     pub fn data_from_guest(&mut self, buffers: &mut Buffers, len: usize) -> Result<(), Violation> {
         let held = (self.received - self.forwarded).0 as usize;
