@@ -219,7 +219,6 @@ const FILES: &[Call] = &[
     call!(SYS_removexattr),
     // FLUSH closes a copy of the descriptor.
     call!(SYS_dup),
-    call!(SYS_fcntl).only(Only::OneOf(1, &[libc_value!(F_SETFL)])),
     // Files are made as the guest's user, and lose their set-ID bits as one without CAP_FSETID writes.
     call!(SYS_setresuid),
     call!(SYS_setresgid),
