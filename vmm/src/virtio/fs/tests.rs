@@ -398,7 +398,7 @@ fn special_files_of_the_host_are_seen_but_not_opened() {
 }
 
 #[test]
-fn device_nodes_cannot_be_made_but_sockets_pipes_and_whiteouts_can() {
+fn device_nodes_and_whiteouts_cannot_be_made_but_sockets_and_pipes_can() {
     let mut mount = Mount::new();
     let mut mknod = |mode: u32, rdev: u32, name: &str| {
         let body = [words(&[mode | 0o600, rdev, 0, 0]), cstr(name)].concat();
@@ -408,6 +408,7 @@ fn device_nodes_cannot_be_made_but_sockets_pipes_and_whiteouts_can() {
         assert_eq!(mknod(mode, 0x0103, "device"), Err(libc::EPERM));
     }
     assert_eq!(mknod(libc::S_IFBLK, 0, "device"), Err(libc::EPERM));
+    assert_eq!(mknod(libc::S_IFCHR, 0, "device"), Err(libc::EPERM));
     assert_eq!(mknod(libc::S_IFDIR, 0, "device"), Err(libc::EPERM));
     mknod(libc::S_IFIFO, 0, "pipe").unwrap();
     mknod(libc::S_IFSOCK, 0, "socket").unwrap();
