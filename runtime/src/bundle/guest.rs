@@ -47,6 +47,30 @@ pub struct Adapted {
     pub binds: Vec<Bind>,
     /// The guest's part: a config.json.
     pub spec: Vec<u8>,
+    /// What is where in the container.
+    pub shown: Shown,
+}
+
+/// A container's files by their place in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// The root filesystem, below the share directory.
+    pub root: PathBuf,
+    /// In the order of the bundle.
+    pub mounts: Vec<ShownMount>,
+}
+
+/// A mount of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShownMount {
+    /// Absolute path in the container.
+    pub destination: PathBuf,
+    /// Below the share directory; nothing for what only the guest has.
+    pub target: Option<PathBuf>,
+    /// Whether it is a directory.
+    pub is_dir: bool,
+    /// Whether it is a proc file system.
+    pub is_proc: bool,
 }
 
 /// Takes a bundle apart for the container `id`, which must have passed the check of ids.
@@ -67,9 +91,23 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
         root.set_path(in_guest(&rootfs));
     }
     let root_follows = root_follows(&spec);
-    for mount in spec.mounts_mut().iter_mut().flatten().filter(|m| is_bind(m)) {
+    let mut mounts = Vec::new();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let mut shown = ShownMount {
+            destination: mount.destination().clone(),
+            target: None,
+            is_dir: true,
+            is_proc: mount.typ().as_deref() == Some("proc"),
+        };
+        if !is_bind(mount) {
+            mounts.push(shown);
+            continue;
+        }
         let target = base.join("mounts").join((binds.len() - 1).to_string());
         let source = bundle.path.join(mount.source().as_deref().unwrap_or(Path::new("")));
+        shown.is_dir = source.is_dir();
+        shown.target = Some(target.clone());
+        mounts.push(shown);
         binds.push(Bind {
             source,
             target: target.clone(),
@@ -96,7 +134,7 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
         process.set_selinux_label(None);
     }
     let spec = serde_json::to_vec(&spec).map_err(Error::Encode)?;
-    Ok(Adapted { binds, spec })
+    Ok(Adapted { binds, spec, shown: Shown { root: rootfs, mounts } })
 }
 
 /// The limits that stand in the guest. CPUs and memory nodes are the host's, so are block devices: what the

@@ -27,9 +27,10 @@ pub mod stdio;
 mod supervisor;
 pub mod terminal;
 pub mod timeline;
+mod view;
 mod vmm;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -42,7 +43,7 @@ use stockade_agent_protocol::{RPC_PORT, STDIO_PORT};
 use stockade_vmm::control::{Boot, StopReason};
 use tokio::time::timeout;
 
-use crate::bundle::guest::Bind;
+use crate::bundle::guest::{Bind, Shown};
 use crate::bundle::{self, Bundle, hooks};
 use crate::config;
 use crate::guest_files::{self, GuestFiles};
@@ -54,6 +55,7 @@ use agent::Agent;
 use console::Console;
 pub use share::Share;
 use timeline::Timeline;
+use view::View;
 use vmm::{Ending, Vmm};
 
 /// Fresh random bytes for the guest's generator: 256 bits, which is what its ChaCha20 takes as key.
@@ -104,6 +106,9 @@ pub enum Error {
     /// of the host's cgroup
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
+    /// of what the container's host process shows
+    #[error(transparent)]
+    View(#[from] view::Error),
     /// of a pidfd socket
     #[error(transparent)]
     PidFd(#[from] pidfd::Error),
@@ -162,6 +167,7 @@ pub struct Sandbox {
     network: Network,
     outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
+    view: RefCell<Option<View>>,
 }
 
 impl Sandbox {
@@ -209,6 +215,7 @@ impl Spawned {
             network,
             outside: outside.into(),
             first_run_ns: Cell::new(0),
+            view: RefCell::default(),
         })
     }
 }
@@ -226,6 +233,15 @@ impl Sandbox {
     /// Takes the files of a container out of the share again.
     pub fn unshare(&self, id: &str) {
         self.share.remove(Path::new(id));
+    }
+
+    /// Lets who enters this process's mount namespace find a container's files there and no others. Nothing can be
+    /// put into the share afterwards.
+    pub fn show(&self, shown: &Shown) -> Result<(), Error> {
+        let view = View::enter(self.share.path(), shown)?;
+        self.timeline.mark("view_entered");
+        self.view.replace(Some(view));
+        Ok(())
     }
 
     /// Streams of one process to the guest, their headers in them already. An empty `exec_id` is the container's
@@ -377,6 +393,9 @@ impl Sandbox {
     pub fn kill(&self) {
         self.vmm.kill();
         self.timeline.mark("vmm_killed");
+        if let Some(view) = self.view.take() {
+            view.leave();
+        }
         self.share.unmount();
     }
 

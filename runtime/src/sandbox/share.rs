@@ -77,6 +77,11 @@ impl Share {
         Ok(Share { path })
     }
 
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Puts the files of a container into the share.
     pub fn add(&self, bundle: &Bundle, binds: &[Bind]) -> Result<(), Error> {
         if bundle.readonly_root() {
@@ -195,7 +200,12 @@ fn restrict(target: &Path, readonly: ReadOnly, recursive: bool) -> io::Result<()
 }
 
 /// mount_setattr(2).
-fn set_attributes(dir: RawFd, path: &CStr, flags: i32, attributes: &libc::mount_attr) -> io::Result<()> {
+pub(super) fn set_attributes(
+    dir: RawFd,
+    path: &CStr,
+    flags: i32,
+    attributes: &libc::mount_attr,
+) -> io::Result<()> {
     // SAFETY: mount_setattr(2) reads the path and the struct of the size given, both of which live until it returns.
     let result = unsafe {
         libc::syscall(
@@ -261,7 +271,7 @@ pub fn make_working_directory(bundle: &Bundle) -> Result<(), Error> {
 }
 
 /// Walks down from `root`, making what is missing. Links are followed as if `root` were `/`.
-fn make_inside(root: BorrowedFd, path: &Path, is_dir: bool) -> nix::Result<()> {
+pub(super) fn make_inside(root: BorrowedFd, path: &Path, is_dir: bool) -> nix::Result<()> {
     let how =
         |flags: OFlag| OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
     match openat2(root, path, how(OFlag::O_PATH)) {
@@ -291,7 +301,7 @@ fn make_inside(root: BorrowedFd, path: &Path, is_dir: bool) -> nix::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     #[test]
@@ -322,7 +332,7 @@ mod tests {
     }
 
     /// Runs a closure in a child, because a mount namespace is for life. Skips where that is not allowed.
-    fn in_namespace(test: impl FnOnce()) {
+    pub(in crate::sandbox) fn in_namespace(test: impl FnOnce()) {
         // SAFETY: the child calls nothing that needs another thread of the test harness, and ends with _exit.
         match unsafe { nix::unistd::fork() }.unwrap() {
             nix::unistd::ForkResult::Child => {

@@ -128,6 +128,8 @@ pub fn run(
             spec: adapted.spec,
             wanted,
             start: mode != Mode::Create,
+            // Its caller has it in its hand; of the others only the number is known, and what is done with it.
+            shown: (!matches!(mode, Mode::Run { .. })).then_some(adapted.shown),
             ready: Box::new(ready),
             kept: &kept,
         };

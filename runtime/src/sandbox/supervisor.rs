@@ -25,6 +25,7 @@ use super::signals::Signals;
 use super::single::Mode;
 use super::stdio::{HostStdio, Relays};
 use super::{Error, Sandbox};
+use crate::bundle::guest::Shown;
 use crate::bundle::{guest, hooks};
 use crate::state::{State, StateDir, Status};
 
@@ -53,6 +54,8 @@ pub(super) struct Story<'a> {
     pub spec: Vec<u8>,
     pub wanted: [bool; 3],
     pub start: bool,
+    /// What this process's mount namespace is to show, if not what it is.
+    pub shown: Option<Shown>,
     pub ready: Box<dyn FnOnce() -> Result<(), Error>>,
     pub kept: &'a dyn Fn(),
 }
@@ -151,6 +154,10 @@ impl Supervisor {
         if let Some((rows, columns)) = stdio.terminal_size() {
             // A size that cannot be set is no reason not to run.
             let _ = self.sandbox.agent.resize(id, "", rows, columns).await;
+        }
+
+        if let Some(shown) = &story.shown {
+            self.sandbox.show(shown)?;
         }
 
         let exit = self.sandbox.agent.wait(id, "");
