@@ -116,6 +116,14 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
             follows: follows(mount).unwrap_or(root_follows),
         });
         mount.set_source(Some(in_guest(&target)));
+        // Where the container mounts nothing, there is nothing to share but what the host mounts.
+        for option in mount.options_mut().iter_mut().flatten() {
+            match option.as_str() {
+                "shared" => *option = "slave".into(),
+                "rshared" => *option = "rslave".into(),
+                _ => {}
+            }
+        }
     }
     if let Some(linux) = spec.linux_mut() {
         // The guest's cgroups are its own; this one is the container's alone.
@@ -181,7 +189,7 @@ fn root_follows(spec: &Spec) -> bool {
 /// What the mount says itself about that; the last word counts.
 fn follows(mount: &Mount) -> Option<bool> {
     mount.options().iter().flatten().fold(None, |so_far, option| match option.as_str() {
-        "slave" | "rslave" => Some(true),
+        "slave" | "rslave" | "shared" | "rshared" => Some(true),
         "private" | "rprivate" | "unbindable" | "runbindable" => Some(false),
         _ => so_far,
     })
@@ -230,7 +238,7 @@ mod tests {
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/a", "type": "bind", "source": "rootfs", "options": ["rbind", "ro"]},
             {"destination": "/b", "type": "none", "source": "/etc", "options": ["bind", "ro", "rw"]},
-            {"destination": "/c", "source": "/usr", "options": ["rbind", "rro", "nosuid"]},
+            {"destination": "/c", "source": "/usr", "options": ["rbind", "rro", "rshared"]},
         ]}));
         assert_eq!(spec["mounts"][0]["source"], "proc");
         for (n, recursive, readonly) in
@@ -243,7 +251,7 @@ mod tests {
             assert_eq!((bind.recursive, bind.readonly), (recursive, readonly));
         }
         assert!(adapted.binds[1].source.is_absolute() && adapted.binds[1].source.ends_with("rootfs"));
-        assert_eq!(spec["mounts"][3]["options"], json!(["rbind", "rro", "nosuid"]));
+        assert_eq!(spec["mounts"][3]["options"], json!(["rbind", "rro", "rslave"]));
     }
 
     #[test]

@@ -26,8 +26,9 @@ pub fn check(spec: &Spec) -> Result<(), Error> {
     check_root(spec)?;
     let process = spec.process().as_ref().ok_or(Error::Missing("process", "a container runs a program"))?;
     check_process(process)?;
+    let can_mount = mounts::can_mount(spec);
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        check_mount(index, mount)?;
+        check_mount(index, mount, can_mount)?;
     }
     check_linux(spec)?;
     check_hooks(spec)?;
@@ -136,7 +137,10 @@ mod tests {
                 "mounts[0].options",
             ),
             (
-                json!({"mounts": [{"destination": "/a", "source": "/", "options": ["rbind", "rshared"]}]}),
+                json!({
+                    "mounts": [{"destination": "/a", "source": "/", "options": ["rbind", "rshared"]}],
+                    "process": {"capabilities": {"bounding": ["CAP_SYS_ADMIN"]}},
+                }),
                 "mounts[0].options",
             ),
             (

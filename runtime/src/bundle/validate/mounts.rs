@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{Capability, Mount, Spec};
 
 use super::{unsupported, value};
 use crate::bundle::{Error, MOUNT_OPTIONS};
@@ -19,7 +19,7 @@ pub fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-pub(super) fn check_mount(index: usize, mount: &Mount) -> Result<(), Error> {
+pub(super) fn check_mount(index: usize, mount: &Mount, can_mount: bool) -> Result<(), Error> {
     let field = |name: &str| format!("mounts[{index}].{name}");
     if mount.destination().as_os_str().is_empty() {
         return value(&field("destination"), "", "give a path in the container");
@@ -37,7 +37,7 @@ pub(super) fn check_mount(index: usize, mount: &Mount) -> Result<(), Error> {
         if mount.source().as_ref().is_none_or(|source| source.as_os_str().is_empty()) {
             return value(&field("source"), "", "a bind mount needs a source");
         }
-        return check_bind_options(&field("options"), mount);
+        return check_bind_options(&field("options"), mount, can_mount);
     }
     if mount.options().iter().flatten().any(|option| option == "remount") {
         return unsupported(
@@ -56,14 +56,22 @@ pub(super) fn check_mount(index: usize, mount: &Mount) -> Result<(), Error> {
     }
 }
 
+/// Whether the container can mount something that others could see: a mount made in a user namespace of its own is not
+/// passed on.
+pub(super) fn can_mount(spec: &Spec) -> bool {
+    let capabilities = spec.process().as_ref().and_then(|process| process.capabilities().as_ref());
+    let bounding = capabilities.and_then(|sets| sets.bounding().as_ref());
+    bounding.is_some_and(|set| set.contains(&Capability::SysAdmin))
+}
+
 /// What is left aside without a word may be what was to protect.
-fn check_bind_options(field: &str, mount: &Mount) -> Result<(), Error> {
+fn check_bind_options(field: &str, mount: &Mount, can_mount: bool) -> Result<(), Error> {
     for option in mount.options().iter().flatten() {
         match option.as_str() {
-            "shared" | "rshared" => {
+            "shared" | "rshared" if can_mount => {
                 return unsupported(
                     field,
-                    "mounts made in the guest cannot appear on the host; use rslave instead of shared",
+                    "mounts that the container makes with CAP_SYS_ADMIN cannot appear on the host; use rslave",
                 );
             }
             "remount" => {
@@ -72,7 +80,7 @@ fn check_bind_options(field: &str, mount: &Mount) -> Result<(), Error> {
                     "there is nothing to remount; bind it with the options it is to have",
                 );
             }
-            "defaults" | "bind" | "rbind" | "copy" | "nocopy" => {}
+            "shared" | "rshared" | "defaults" | "bind" | "rbind" | "copy" | "nocopy" => {}
             known if MOUNT_OPTIONS.contains(&known) => {}
             unknown => return value(field, unknown, "no bind mount has this option; remove it"),
         }
