@@ -29,7 +29,7 @@ pub const CASES: &[Case] = &[
     case!(bulk_arrives_complete_both_ways),
     case!(reader_that_stalls_stalls_nothing_else),
     case!(frames_of_garbage_hurt_nobody),
-    case!(without_a_network_namespace_there_is_loopback_only).stockade_only(VM),
+    case!(a_network_namespace_of_its_own_has_loopback_only_and_the_hosts_is_refused).stockade_only(VM),
     case!(hosts_own_namespace_is_refused).stockade_only(VM),
     case!(interfaces_that_cannot_be_wired_are_named).stockade_only(VM),
     case!(namespace_that_is_gone_first_does_not_keep_a_container),
@@ -421,9 +421,10 @@ fn frames_of_garbage_hurt_nobody() {
     tool(&format!("ping -q -c 2 {}", netns.guest()));
 }
 
-fn without_a_network_namespace_there_is_loopback_only() {
+fn a_network_namespace_of_its_own_has_loopback_only_and_the_hosts_is_refused() {
     let bundle = Bundle::sh("ls /sys/class/net").without_namespace("network");
-    assert_eq!(Runtime::under_test().run(&bundle).ok(), "lo\n");
+    let reason = Runtime::under_test().run(&bundle).refused();
+    assert!(reason.contains("linux.namespaces") && reason.contains("host's network"), "{reason}");
     assert_eq!(Runtime::under_test().run(&Bundle::sh("ls /sys/class/net")).ok(), "lo\n");
 }
 

@@ -40,6 +40,13 @@ pub(super) fn check_linux(spec: &Spec) -> Result<(), Error> {
             "without a mount namespace the guest's own would be shared; add one",
         );
     }
+    if !seen.contains(&LinuxNamespaceType::Network) {
+        return unsupported(
+            "linux.namespaces",
+            "without a network namespace the host's network would be shared, which a VM has no part in; add one \
+             (under an engine: choose another network than host)",
+        );
+    }
     if let Some(word) = linux.rootfs_propagation().as_deref() {
         match word {
             "shared" | "rshared" => {
