@@ -131,16 +131,17 @@ pub struct News {
 
 impl Network {
     /// Enters the namespace that the bundle names, for good. A bundle with a network namespace of no name gets one if
-    /// hooks are to put something into it; otherwise it, as one without, has a loopback interface only.
+    /// hooks or the caller, by way of this process's number, are to put something into it; otherwise it has a loopback
+    /// interface only.
     ///
     /// This process must have one thread.
-    pub fn enter(spec: &Spec) -> Result<Self, Error> {
+    pub fn enter(spec: &Spec, by_number: bool) -> Result<Self, Error> {
         let namespaces = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
         let entry = namespaces.into_iter().find(|entry| entry.typ() == LinuxNamespaceType::Network);
         let path = entry.map(|entry| entry.path().clone().filter(|path| !path.as_os_str().is_empty()));
         match path {
             Some(Some(path)) => Self::at(path),
-            Some(None) if has_early_hooks(spec) => Self::of(Some(Namespace::make()?)),
+            Some(None) if by_number || has_early_hooks(spec) => Self::of(Some(Namespace::make()?)),
             Some(None) | None => Self::of(None),
         }
     }

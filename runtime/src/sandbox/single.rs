@@ -83,7 +83,7 @@ pub fn run(
         Place::Own(path) => Some(Membership::enter(path, &bundle.limits(), size)?),
     };
     let signals = Signals::block().map_err(os("block signals"))?;
-    let network = Network::enter(&bundle.spec)?;
+    let network = Network::enter(&bundle.spec, !matches!(mode, Mode::Run { .. }))?;
     let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), network, timeline)?;
 
     // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.

@@ -179,7 +179,7 @@ fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
     let settings = Settings::load()?;
     let files = GuestFiles::open(&settings)?;
     let size = size(serve, &settings)?;
-    let network = Network::enter(&serve.spec)?;
+    let network = Network::enter(&serve.spec, false)?;
     let spawned = Sandbox::spawn(true, network, Timeline::begin(serve.process_start_ns))?;
     let vmm = spawned.vmm_process()?;
     let root = super::state_root(&serve.flags.namespace);
