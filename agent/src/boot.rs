@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{chroot, fchdir};
@@ -160,7 +160,10 @@ pub fn allow_overcommit() {
 }
 
 /// Makes the agent the last process the kernel kills for memory, and gives it descriptors for thousands of streams.
-/// Containers inherit the descriptor limit unless their spec says otherwise, as under other runtimes' daemons.
+/// Containers inherit its limits unless their spec says otherwise, as under other runtimes' daemons.
+///
+/// What the kernel derives from the size of the machine is as high as it gets: an engine asks for the limits that it
+/// found on the host, and a process in a user namespace of its own may not raise what it has been given.
 pub fn raise_limits() {
     const DESCRIPTORS: u64 = 1 << 20; // fs.nr_open's default, the most there can be.
     if let Err(e) = fs::write("/proc/self/oom_score_adj", "-1000") {
@@ -168,6 +171,17 @@ pub fn raise_limits() {
     }
     if let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS) {
         tracing::warn!("cannot raise the limit of open files: {e}");
+    }
+    for resource in [
+        Resource::RLIMIT_NPROC,
+        Resource::RLIMIT_SIGPENDING,
+        Resource::RLIMIT_MEMLOCK,
+        Resource::RLIMIT_MSGQUEUE,
+    ] {
+        let raised = getrlimit(resource).and_then(|(soft, _)| setrlimit(resource, soft, RLIM_INFINITY));
+        if let Err(e) = raised {
+            tracing::warn!("cannot raise {resource:?}: {e}");
+        }
     }
 }
 

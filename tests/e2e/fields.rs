@@ -208,6 +208,7 @@ fn users_of_a_namespace_are_mapped() {
             .set("/linux/uidMappings", map.clone())
             .set("/linux/gidMappings", map.clone())
             .set("/process/user", user)
+            .push("/process/rlimits", json!({ "type": "RLIMIT_NPROC", "hard": 32_768, "soft": 32_768 }))
             .bind(data.path(), "/data", &[])
     };
     let writable = |bundle: Bundle| {
