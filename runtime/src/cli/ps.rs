@@ -1,4 +1,8 @@
-//! `stockade ps`: the container's processes. Their pids are those of the guest.
+//! `stockade ps`: the container's processes.
+//!
+//! The table is for people and has the guest's processes with their pids there. The list of numbers is for callers,
+//! which look them up on the host, where they would find somebody else: it has the host's processes that the container
+//! consists of.
 //!
 //! runc hands its options to the host's ps(1), which does not see into a VM; so the options that its callers use are
 //! understood here, and others refused.
@@ -96,18 +100,22 @@ impl Column {
 pub fn ps(global: &Global, args: liboci_cli::Ps) -> Outcome {
     let wanted = wanted(&args.ps_options)?;
     let (dir, state) = open(global, &args.container_id)?;
+    if args.format == "json" {
+        let processes = [Some(state.supervisor), state.vmm];
+        let pids: Vec<i32> =
+            processes.iter().flatten().filter(|process| process.is_alive()).map(|p| p.pid).collect();
+        if pids.is_empty() {
+            return Err(stopped("container not running", &state));
+        }
+        let text = serde_json::to_string(&pids).map_err(|e| Error::Io("show the list".into(), e.into()))?;
+        return print(&(text + "\n"));
+    }
     let (_, fds) = ask(&dir, &Request::Processes)?.ok_or_else(|| stopped("container not running", &state))?;
     let bytes = read_attachment(fds).map_err(Error::io("read the list of processes"))?;
     let list: Vec<ProcessInfo> = serde_json::from_slice(&bytes)
         .map_err(|e| Error::Io("read the list of processes".into(), e.into()))?;
     match args.format.as_str() {
         "table" => print(&table(&list, &wanted, clock::realtime_ns() / 1_000_000_000)),
-        "json" => {
-            let pids: Vec<u32> = list.iter().map(|process| process.pid).collect();
-            let text =
-                serde_json::to_string(&pids).map_err(|e| Error::Io("show the list".into(), e.into()))?;
-            print(&(text + "\n"))
-        }
         other => Err(Error::Usage(format!("--format {other:?} is not known: it is table or json"))),
     }
 }
