@@ -11,10 +11,12 @@ mod harness;
 
 mod attacks;
 mod bad_input;
+mod buildah;
 mod cgroup;
 mod check;
 mod commands;
 mod containerd;
+mod docker;
 mod endurance;
 mod exec;
 mod failure;
@@ -25,6 +27,7 @@ mod lifecycle;
 mod limits;
 mod mounts;
 mod network;
+mod podman;
 mod process;
 mod stdio;
 mod tty;
@@ -57,10 +60,12 @@ fn main() -> ExitCode {
     let cases: Vec<_> = [
         attacks::CASES,
         bad_input::CASES,
+        buildah::CASES,
         cgroup::CASES,
         check::CASES,
         containerd::CASES,
         commands::CASES,
+        docker::CASES,
         endurance::CASES,
         exec::CASES,
         failure::CASES,
@@ -71,6 +76,7 @@ fn main() -> ExitCode {
         limits::CASES,
         mounts::CASES,
         network::CASES,
+        podman::CASES,
         process::CASES,
         stdio::CASES,
         tty::CASES,

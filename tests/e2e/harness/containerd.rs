@@ -158,7 +158,7 @@ fn spawn(at: &Path) -> Child {
 }
 
 /// An archive as `docker save` writes it, of one layer.
-fn image(at: &Path) -> PathBuf {
+pub fn image(at: &Path) -> PathBuf {
     let make = at.join("image");
     fs::create_dir(&make).unwrap();
     let tar = |archive: &str, from: &Path, names: &[&str]| {
@@ -171,7 +171,7 @@ fn image(at: &Path) -> PathBuf {
     let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     let config = serde_json::json!({
         "architecture": "amd64", "os": "linux", "config": { "Env": ["PATH=/bin"], "Cmd": ["sh"] },
-        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
+        "history": [{ "created_by": "the lab" }], "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
     });
     fs::write(make.join("config.json"), config.to_string()).unwrap();
     let name = IMAGE.trim_start_matches("docker.io/");

@@ -66,13 +66,17 @@ impl Runtime {
         self.program.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
-    /// Where an installed runtime has its guest files: beside the program's directory.
-    pub fn guest_dir(&self) -> PathBuf {
+    /// The program's path.
+    pub fn path(&self) -> PathBuf {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let found =
             std::env::split_paths(&path).map(|dir| dir.join(&self.program)).find(|file| file.is_file());
-        let program = found.unwrap_or_else(|| self.program.clone());
-        program.parent().and_then(Path::parent).expect("bin/ and its parent").join("lib/stockade")
+        found.unwrap_or_else(|| self.program.clone())
+    }
+
+    /// Where an installed runtime has its guest files: beside the program's directory.
+    pub fn guest_dir(&self) -> PathBuf {
+        self.path().parent().and_then(Path::parent).expect("bin/ and its parent").join("lib/stockade")
     }
 
     /// With this environment variable.

@@ -1,0 +1,281 @@
+//! The runtime under the host's Podman, which calls it through conmon.
+
+use std::collections::BTreeSet;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::harness::{Case, Exit, PODMAN_IMAGE, Podman, Program, Pty, Stdin, case, tool};
+
+const VM: &str = "the VM's boundary";
+
+pub const CASES: &[Case] = &[
+    case!(run_reports_output_exit_code_and_why_it_cannot).exclusive(),
+    case!(a_container_is_watched_changed_and_stopped).exclusive(),
+    case!(attach_run_and_exec_carry_input_and_terminals).exclusive(),
+    case!(options_of_run_reach_the_workload).exclusive(),
+    case!(files_are_copied_in_and_out_and_committed).exclusive(),
+    case!(who_enters_the_mount_namespace_finds_the_containers_files_only).exclusive(),
+    case!(a_port_of_the_default_network_leads_to_the_container).exclusive(),
+    case!(containers_of_a_pod_without_infra_live_and_end_together).exclusive(),
+    case!(a_killed_supervisor_is_no_success_and_the_container_starts_again).exclusive(),
+    case!(what_a_vm_cannot_honour_is_refused_by_name).stockade_only(VM).exclusive(),
+];
+
+/// Ends well when it is asked to.
+const IDLE: &str = "trap 'echo asked; exit 5' TERM; echo up; while :; do sleep 1; done";
+
+fn run_reports_output_exit_code_and_why_it_cannot() {
+    let podman = Podman::new();
+    let ended = podman.run(&[], "echo out; echo error >&2; exit 7").code(7);
+    assert_eq!((ended.text().as_str(), ended.stderr.as_str()), ("out\n", "error\n"));
+    podman.run(&[], "sh -c 'kill -KILL $$'; exit $?").code(137);
+    let lines: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
+    assert!(podman.run(&[], "seq 1 20000").code(0).text() == lines, "output is not complete");
+
+    let run = |program: &str| podman.podman(&["run", "--rm", "--network", "none", PODMAN_IMAGE, program]);
+    let missing = run("no-such-program").code(127);
+    assert!(
+        missing.stderr.contains("no-such-program") && missing.stderr.contains("not found"),
+        "{missing:?}"
+    );
+    let no_program = run("/etc").code(126);
+    assert!(no_program.stderr.contains("/etc") && no_program.stderr.contains("permission"), "{no_program:?}");
+    assert_eq!(podman.podman(&["ps", "--all", "--quiet"]).ok(), "");
+}
+
+fn a_container_is_watched_changed_and_stopped() {
+    let podman = Podman::new();
+    let health = ["--network", "none", "--health-interval", "disable", "--health-cmd", "test -e /ok"];
+    podman.detached("a", &health, IDLE);
+    podman.wait_for_line("a", "up");
+    assert_eq!(podman.exec("a", "echo $((6 * 7)); exit 3").code(3).text(), "42\n");
+    podman.exec("a", "kill -TERM $$").code(143);
+
+    podman.podman(&["healthcheck", "run", "a"]).code(1);
+    podman.exec("a", "touch /ok").code(0);
+    podman.podman(&["healthcheck", "run", "a"]).code(0);
+
+    let stats = podman.podman(&["stats", "--no-stream", "--format", "json", "a"]).code(0).text();
+    let stats: Value = serde_json::from_str(&stats).unwrap_or_else(|e| panic!("{e}: {stats}"));
+    assert!(stats[0]["pids"].as_str().is_some_and(|n| n.parse::<u32>().is_ok_and(|n| n > 0)), "{stats}");
+    assert!(stats[0]["mem_usage"].as_str().is_some_and(|used| !used.starts_with("0B")), "{stats}");
+    // With an option that only ps(1) has, Podman runs that in the container.
+    let processes = podman.podman(&["top", "a", "-o", "pid,args"]).code(0).text();
+    assert!(processes.lines().any(|line| line.trim_start().starts_with("1 sh -c")), "{processes}");
+
+    podman.podman(&["pause", "a"]).code(0);
+    assert_eq!(podman.inspect("a", "/State/Status"), "paused");
+    podman.podman(&["exec", "a", "true"]).refused();
+    podman.podman(&["unpause", "a"]).code(0);
+    assert_eq!(podman.inspect("a", "/State/Status"), "running");
+
+    let pid = podman.inspect("a", "/State/Pid");
+    podman.podman(&["restart", "a"]).code(0);
+    assert_ne!(podman.inspect("a", "/State/Pid"), pid);
+    podman.exec("a", "test -e /ok").code(0);
+
+    podman.podman(&["kill", "a"]).code(0);
+    assert_eq!(podman.podman(&["wait", "a"]).ok(), "137\n");
+    podman.podman(&["start", "a"]).code(0);
+    podman.podman(&["stop", "a"]).code(0);
+    assert_eq!(podman.inspect("a", "/State/ExitCode"), 5);
+    assert_eq!(podman.inspect("a", "/State/OOMKilled"), false);
+    let logs = podman.podman(&["logs", "a"]).code(0).text();
+    assert_eq!(logs.lines().last(), Some("asked"), "{logs}");
+    podman.podman(&["rm", "a"]).code(0);
+}
+
+fn attach_run_and_exec_carry_input_and_terminals() {
+    let podman = Podman::new();
+    let run = ["run", "--rm", "--interactive", "--network", "none", PODMAN_IMAGE, "cat"];
+    let bytes: Vec<u8> = (0..200_000u32).flat_map(|n| n.to_le_bytes()).collect();
+    let ended = Program::spawn(podman.command(&run), Stdin::Bytes(bytes.clone())).finish().code(0);
+    assert!(ended.stdout == bytes, "{} bytes of {} came back", ended.stdout.len(), bytes.len());
+
+    let reads = "while read word; do echo got $word; [ $word = end ] && exit 4; done";
+    podman.detached("a", &["--network", "none", "--interactive"], reads);
+    let exec = podman.command(&["exec", "--interactive", "a", "sort"]);
+    let sorted = Program::spawn(exec, Stdin::Bytes(b"b\na\n".to_vec())).finish();
+    assert_eq!(sorted.code(0).text(), "a\nb\n");
+    let attach = podman.command(&["attach", "a"]);
+    let attached = Program::spawn(attach, Stdin::Bytes(b"one\nend\n".to_vec())).finish();
+    // It adds an empty line of its own.
+    assert_eq!(attached.code(0).text().trim_end(), "got one\ngot end");
+    assert_eq!(podman.podman(&["wait", "a"]).ok(), "4\n");
+    podman.remove("a");
+
+    let run = ["run", "--rm", "--interactive", "--tty", "--network", "none", PODMAN_IMAGE, "sh", "-c"];
+    let script = "tty; stty -echo; echo ready; read word; echo got $word; read word; stty size; exit 6";
+    let (terminal, slave) = Pty::open(31, 97);
+    let mut command = podman.command(&[&run[..], &[script]].concat());
+    command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
+    let mut program = Program::spawn_raw(command, Stdin::Null);
+    let tty = terminal.line();
+    assert!(tty == "/dev/pts/0" || tty == "/dev/console", "{tty}");
+    terminal.expect_line("ready");
+    terminal.write("typed\n");
+    terminal.expect_line("got typed");
+    terminal.write("\n");
+    terminal.expect_line("31 97");
+    assert_eq!(program.exit(), Exit::Code(6));
+}
+
+fn options_of_run_reach_the_workload() {
+    let podman = Podman::new();
+    let volume = podman.dir().join("volume");
+    std::fs::create_dir(&volume).unwrap();
+    std::fs::write(volume.join("file"), "of the host\n").unwrap();
+    let script =
+        "id -u; id -g; hostname; cat /volume/file; echo new > /volume/new; touch /data/new; echo $WHO
+        touch /no 2>/dev/null || echo read-only; grep CapBnd /proc/self/status; ulimit -n
+        grep -c ' /scratch tmpfs rw,.*size=4096k' /proc/mounts; grep -w box /etc/hosts | cut -f2 | cut -d' ' -f1
+        cd /sys/fs/cgroup; cat memory.max pids.max cpu.max; cat /proc/sys/net/ipv4/ip_forward";
+    let options = format!(
+        "--volume {}:/volume --volume named:/data:U --tmpfs /scratch:size=4m --read-only --user 1000:1001
+         --cap-drop all --cap-add kill --memory 128m --cpus 1 --pids-limit 50 --env WHO=me --hostname box
+         --ulimit nofile=100:200
+         --security-opt no-new-privileges --sysctl net.ipv4.ip_forward=1 --workdir / --init",
+        volume.display()
+    );
+    std::os::unix::fs::chown(&volume, Some(1000), Some(1001)).unwrap();
+    let options: Vec<_> = options.split_whitespace().collect();
+    let said = podman.run(&options, script).code(0).text();
+    let expected = "1000\n1001\nbox\nof the host\nme\nread-only\nCapBnd:\t0000000000000020\n100\n1\n\
+        box\n134217728\n50\n100000 100000\n1\n";
+    assert_eq!(said, expected);
+    assert_eq!(std::fs::read_to_string(volume.join("new")).unwrap(), "new\n");
+    assert!(podman.dir().join("root/volumes/named/_data/new").exists());
+
+    let secret = podman.dir().join("secret");
+    std::fs::write(&secret, "s3cret").unwrap();
+    podman.podman(&["secret", "create", "word", &secret.display().to_string()]).code(0);
+    let secrets = ["--secret", "word", "--secret", "word,type=env,target=WORD"];
+    assert_eq!(
+        podman.run(&secrets, "cat /run/secrets/word; echo $WORD").code(0).text(),
+        "s3cret".repeat(2) + "\n"
+    );
+
+    let mapped = podman.run(&["--uidmap", "0:100000:5000"], "id -u; cut -c1-40 /proc/self/uid_map").code(0);
+    assert_eq!(mapped.text().split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "5000"]);
+}
+
+fn files_are_copied_in_and_out_and_committed() {
+    let podman = Podman::new();
+    podman.detached("a", &["--network", "none", "--volume", "named:/data"], IDLE);
+    podman.wait_for_line("a", "up");
+    podman.exec("a", "echo inside > /file; echo volume > /data/file").code(0);
+    let copy = |from: &str, to: &str| podman.podman(&["cp", from, to]);
+    let host = |name: &str| podman.dir().join(name).display().to_string();
+    let read = |name: &str| std::fs::read_to_string(podman.dir().join(name)).unwrap();
+    copy("a:/file", &host("out")).code(0);
+    copy("a:/data/file", &host("volume")).code(0);
+    assert_eq!((read("out").as_str(), read("volume").as_str()), ("inside\n", "volume\n"));
+    std::fs::write(podman.dir().join("in"), "from the host\n").unwrap();
+    copy(&host("in"), "a:/new").code(0);
+    copy(&host("in"), "a:/data/new").code(0);
+    assert_eq!(podman.exec("a", "cat /new /data/new").ok(), "from the host\nfrom the host\n");
+
+    let changed = podman.podman(&["diff", "a"]).ok();
+    assert!(changed.lines().any(|line| line == "A /new"), "{changed}");
+    podman.podman(&["commit", "--quiet", "a", "localhost/lab/changed"]).code(0);
+    podman.remove("a");
+    let run = ["run", "--rm", "--network", "none", "localhost/lab/changed", "cat", "/new", "/file"];
+    assert_eq!(podman.podman(&run).ok(), "from the host\ninside\n");
+}
+
+fn who_enters_the_mount_namespace_finds_the_containers_files_only() {
+    let podman = Podman::new();
+    podman.detached("a", &["--network", "none"], IDLE);
+    podman.wait_for_line("a", "up");
+    let out = podman.dir().join("out");
+    // A file that the host has and the image does not.
+    let refused = podman.podman(&["cp", "a:/etc/debian_version", &out.display().to_string()]).refused();
+    assert!(refused.contains("debian_version"), "{refused}");
+    assert!(!out.exists());
+    let pid = podman.inspect("a", "/State/Pid");
+    let namespace = std::fs::File::open(format!("/proc/{pid}/ns/mnt")).unwrap();
+    let seen = std::thread::spawn(move || {
+        // A namespace is a thread's own, once its root directory is.
+        unshare(CloneFlags::CLONE_FS).unwrap();
+        setns(namespace, CloneFlags::CLONE_NEWNS).unwrap();
+        let names =
+            std::fs::read_dir("/").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let processes = std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name());
+        let processes = processes.filter(|name| name.to_string_lossy().parse::<u32>().is_ok());
+        (names.collect::<BTreeSet<_>>(), processes.count())
+    });
+    let inside = podman.exec("a", "ls /").ok();
+    assert_eq!(seen.join().unwrap(), (inside.lines().map(String::from).collect(), 0));
+}
+
+fn a_port_of_the_default_network_leads_to_the_container() {
+    let podman = Podman::new();
+    let serve = "mkdir /www; echo served > /www/index.html; httpd -p 80 -h /www; echo up; exec sleep 100000";
+    podman.detached("web", &["--publish", "127.0.0.1:18080:80"], serve);
+    podman.wait_for_line("web", "up");
+    assert_eq!(tool("curl -sS --max-time 60 http://127.0.0.1:18080/"), "served\n");
+    let address = podman.inspect("web", "/NetworkSettings/IPAddress");
+    let address = address.as_str().unwrap();
+    let fetch = format!("wget -q -O - http://{address}/; ip -o -4 addr show dev eth0 | wc -l");
+    let other = podman.podman(&["run", "--rm", PODMAN_IMAGE, "sh", "-c", &fetch]);
+    assert_eq!(other.code(0).text(), "served\n1\n");
+    podman.remove("web");
+}
+
+fn containers_of_a_pod_without_infra_live_and_end_together() {
+    let podman = Podman::new();
+    podman.podman(&["pod", "create", "--infra=false", "--name", "pod"]).code(0);
+    for name in ["a", "b"] {
+        podman.detached(name, &["--pod", "pod", "--network", "none"], IDLE);
+        podman.wait_for_line(name, "up");
+    }
+    let pod = podman.podman(&["pod", "inspect", "--format", "{{.State}} {{.NumContainers}}", "pod"]);
+    assert_eq!(pod.ok(), "Running 2\n");
+    podman.podman(&["pod", "pause", "pod"]).code(0);
+    assert_eq!(podman.inspect("b", "/State/Status"), "paused");
+    podman.podman(&["pod", "unpause", "pod"]).code(0);
+    podman.podman(&["pod", "stop", "pod"]).code(0);
+    assert_eq!(
+        (podman.inspect("a", "/State/ExitCode"), podman.inspect("b", "/State/ExitCode")),
+        (5.into(), 5.into())
+    );
+    podman.podman(&["pod", "rm", "pod"]).code(0);
+}
+
+fn a_killed_supervisor_is_no_success_and_the_container_starts_again() {
+    let podman = Podman::new();
+    podman.detached("a", &["--network", "none"], IDLE);
+    podman.wait_for_line("a", "up");
+    let pid = podman.inspect("a", "/State/Pid").as_i64().unwrap();
+    kill(Pid::from_raw(pid.try_into().unwrap()), Signal::SIGKILL).unwrap();
+    assert_eq!(podman.podman(&["wait", "a"]).ok(), "137\n");
+    podman.podman(&["start", "a"]).code(0);
+    podman.exec("a", "true").code(0);
+    podman.remove("a");
+}
+
+fn what_a_vm_cannot_honour_is_refused_by_name() {
+    let podman = Podman::new();
+    podman.detached("a", &["--network", "none"], IDLE);
+    for (options, words) in [
+        (&["--network", "host"][..], ["linux.namespaces", "host's network"]),
+        (&["--network", "none", "--pid", "container:a"], ["linux.namespaces", "pid"]),
+        (&["--network", "none", "--ipc", "container:a"], ["linux.namespaces", "ipc"]),
+        (
+            &["--network", "none", "--cap-add", "sys_admin", "--volume", "/tmp:/x:rshared"],
+            ["CAP_SYS_ADMIN", "host"],
+        ),
+    ] {
+        let run = [&["run", "--rm"][..], options, &[PODMAN_IMAGE, "true"]].concat();
+        let ended = podman.podman(&run).code(126);
+        assert!(words.iter().all(|word| ended.stderr.contains(word)), "{ended:?}");
+    }
+    let larger = podman.podman(&["update", "--memory", "2g", "a"]).refused();
+    assert!(larger.contains("memory") && larger.contains("does not grow"), "{larger}");
+    let checkpoint = podman.podman(&["container", "checkpoint", "a"]).refused();
+    assert!(!checkpoint.is_empty(), "{checkpoint}");
+    podman.remove("a");
+}
