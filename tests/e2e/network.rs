@@ -52,7 +52,8 @@ fn json_of(text: &str) -> Value {
 }
 
 /// What `ip -j addr` says of interfaces, without what has to differ: indices, the kind and length of the queue, who is
-/// at the other end, how the kind of device words that it is up (the flags say it for all), and whether it is still being looked whether somebody else has an address, which the guest need not do again.
+/// at the other end, how the kind of device words that it is up (the flags say it for all), and whether the kernel is still
+/// asking who else has an address, which the guest need not do again.
 fn addresses(text: &str) -> Value {
     let mut links = json_of(text);
     for link in links.as_array_mut().expect("a list") {

@@ -270,17 +270,16 @@ fn ending(last: Event) -> Ending {
     }
 }
 
+/// Its filters' answer (seccomp(2)); the kernel tells nobody else which call it was.
+const FORBIDDEN_CALL: &str = "it was killed by SIGSYS: it made a system call that its jail forbids, which the host's \
+                              kernel log names";
+
 fn describe(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
+        (Some(libc::SIGSYS), _) => FORBIDDEN_CALL.into(),
         (Some(signal), _) => {
             let name = nix::sys::signal::Signal::try_from(signal).map_or("an unknown signal", |s| s.as_str());
-            match signal {
-                // Its filters' answer (seccomp(2)); the kernel tells nobody else which call it was.
-                libc::SIGSYS => format!(
-                    "it was killed by {name}: it made a system call that its jail forbids, which the host's kernel log names"
-                ),
-                _ => format!("it was killed by {name}"),
-            }
+            format!("it was killed by {name}")
         }
         (None, Some(code)) => format!("it exited with code {code}"),
         (None, None) => "it ended".into(),

@@ -15,7 +15,8 @@
 //! - Each thread has a filter of the system calls that its kind of work needs ([`calls`]), from before the guest
 //!   runs to its end; any other call kills the process. No filter lets a thread or a process be started.
 //!
-//! From then on no path is opened but `/share` and what the guest names in it, and `/proc/self/fd/N`.
+//! From then on no path is opened but `/share`, what the guest names in it, one component each, the places of such
+//! things as the kernel tells them ([`crate::virtio::fs`], hard links), and `/proc/self/fd/N`.
 
 pub mod calls;
 mod filter;

@@ -310,12 +310,10 @@ impl FileSystem for Share {
         check_name(name)?;
         self.may_know_more()?;
         let known = |inode| {
-            io::Result::Ok((self.inner.readlinkat_proc_file(inode)?, self.inner.getattr(ctx, inode, None)?.0))
+            let path = self.inner.readlinkat_proc_file(inode)?;
+            io::Result::Ok(Known { path, attributes: self.inner.getattr(ctx, inode, None)?.0 })
         };
-        let (file, parent_dir) = (known(inode)?, known(parent)?);
-        let [file, parent_dir] =
-            [&file, &parent_dir].map(|(path, attributes)| Known { path, attributes: *attributes });
-        link(&file, &parent_dir, name)?;
+        link(&known(inode)?, &known(parent)?, name)?;
         self.known(ctx, self.inner.lookup(ctx, parent, name)?)
     }
 
