@@ -31,6 +31,12 @@ fn usable_machine_is_told_so() {
     let text = Runtime::under_test().call(&["check"]).ok();
     assert!(text.lines().any(|line| line.contains("/dev/kvm")), "{text}");
     assert!(text.lines().any(|line| line.contains("guest files")), "{text}");
+    // What does not keep them from running is looked at as well.
+    for subject in ["mitigations", "SMT", "KSM"] {
+        let about = |line: &&str| line.split(": ").nth(1) == Some(subject);
+        let line = text.lines().find(about).unwrap_or_else(|| panic!("nothing about {subject}: {text}"));
+        assert!(line.starts_with("ok: ") || line.starts_with("warning: "), "{line}");
+    }
 }
 
 fn missing_guest_files_are_found() {

@@ -1,10 +1,14 @@
 //! Whether this machine can run microVMs, and if not, why.
 //!
 //! [`open_kvm`] is the short check of every start; [`check`] looks at everything and explains, for
-//! `stockade check`. Both name all missing capabilities at once.
+//! `stockade check`. Both name all missing capabilities at once. What only weakens the wall between guests is a
+//! warning ([`side_channels`]).
+
+mod side_channels;
 
 use std::fmt;
 use std::io;
+use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
 
@@ -68,6 +72,17 @@ pub fn open_kvm() -> Result<Kvm, Error> {
     if missing.is_empty() { Ok(kvm) } else { Err(Error::Capabilities(missing)) }
 }
 
+/// What a finding means for microVMs on this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// They can run, as far as this goes.
+    Ok,
+    /// They can run, but guests are less well kept apart than they could be.
+    Warning,
+    /// They cannot.
+    No,
+}
+
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -75,20 +90,27 @@ pub struct Finding {
     pub subject: &'static str,
     /// What was found: one clause when all is well, cause and remedy when not.
     pub detail: String,
-    /// Whether microVMs can run as far as this goes.
-    pub ok: bool,
+    /// What it means.
+    pub verdict: Verdict,
 }
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}: {}: {}", if self.ok { "ok" } else { "no" }, self.subject, self.detail)
+        let verdict = match self.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Warning => "warning",
+            Verdict::No => "no",
+        };
+        write!(f, "{verdict}: {}: {}", self.subject, self.detail)
     }
 }
 
-/// Looks at everything a microVM needs of this machine. It can run them if every finding is `ok`.
+/// Looks at everything a microVM needs of this machine. It can run them unless a finding's verdict is `No`.
 pub fn check() -> Vec<Finding> {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    vec![check_kvm(), check_processor(&cpuinfo)]
+    let mut findings = vec![check_kvm(), check_processor(&cpuinfo)];
+    findings.extend(side_channels::check(Path::new("/sys")));
+    findings
 }
 
 fn check_kvm() -> Finding {
@@ -97,9 +119,9 @@ fn check_kvm() -> Finding {
         Ok(_) => Finding {
             subject,
             detail: format!("{DEVICE} opens, API version {API_VERSION}, all {} capabilities", REQUIRED.len()),
-            ok: true,
+            verdict: Verdict::Ok,
         },
-        Err(e) => Finding { subject, detail: e.to_string(), ok: false },
+        Err(e) => Finding { subject, detail: e.to_string(), verdict: Verdict::No },
     }
 }
 
@@ -109,14 +131,16 @@ fn check_processor(cpuinfo: &str) -> Finding {
     let subject = "processor";
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     match flags.split_whitespace().find(|flag| matches!(*flag, "vmx" | "svm")) {
-        Some(flag) => Finding { subject, detail: format!("hardware virtualization ({flag})"), ok: true },
+        Some(flag) => {
+            Finding { subject, detail: format!("hardware virtualization ({flag})"), verdict: Verdict::Ok }
+        }
         None => Finding {
             subject,
             detail:
                 "neither vmx nor svm in /proc/cpuinfo: a /dev/kvm here is emulation (PVM), too slow for a \
                      Linux guest; use a machine with hardware virtualization, or enable nested virtualization"
                     .into(),
-            ok: false,
+            verdict: Verdict::No,
         },
     }
 }
@@ -128,16 +152,16 @@ mod tests {
     #[test]
     fn a_processor_without_vmx_and_svm_is_named_as_pvm() {
         let found = check_processor("processor\t: 0\nflags\t\t: fpu sse2 hypervisor\n");
-        assert!(!found.ok);
+        assert_eq!(found.verdict, Verdict::No);
         assert!(found.detail.contains("PVM"));
-        assert!(!check_processor("").ok);
+        assert_eq!(check_processor("").verdict, Verdict::No);
     }
 
     #[test]
     fn vmx_and_svm_are_recognised_as_words() {
-        assert!(check_processor("flags\t\t: fpu vmx sse\n").ok);
-        assert!(check_processor("flags\t\t: fpu svm\n").ok);
-        assert!(!check_processor("flags\t\t: fpu vmxish svm_lock\n").ok);
+        assert_eq!(check_processor("flags\t\t: fpu vmx sse\n").verdict, Verdict::Ok);
+        assert_eq!(check_processor("flags\t\t: fpu svm\n").verdict, Verdict::Ok);
+        assert_eq!(check_processor("flags\t\t: fpu vmxish svm_lock\n").verdict, Verdict::No);
     }
 
     #[test]

@@ -1,8 +1,10 @@
-//! `stockade check`: whether this machine can run microVMs, and if not, why and what to do.
+//! `stockade check`: whether this machine can run microVMs, and if not, why and what to do. What only weakens the wall
+//! between guests is a warning.
 
 use std::process::ExitCode;
 
 use clap::Args;
+use stockade_vmm::host::Verdict;
 
 use super::{Outcome, print};
 use crate::config::Settings;
@@ -13,8 +15,10 @@ use crate::guest_files::{GuestFiles, INITRD, KERNEL};
 pub struct Check {}
 
 pub fn check() -> Outcome {
-    let mut findings: Vec<(bool, String)> =
-        stockade_vmm::host::check().into_iter().map(|finding| (finding.ok, finding.to_string())).collect();
+    let mut findings: Vec<(bool, String)> = stockade_vmm::host::check()
+        .into_iter()
+        .map(|finding| (finding.verdict != Verdict::No, finding.to_string()))
+        .collect();
     let files = Settings::load().map_err(|e| e.to_string());
     match files.and_then(|settings| GuestFiles::open(&settings).map_err(|e| e.to_string())) {
         Ok(files) => findings
