@@ -11,11 +11,14 @@ use oci_spec::runtime::{LinuxCpu, LinuxResources};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Settings, SizeSettings, Sourced};
+use crate::printable::printable;
 
 /// Annotation with the number of vCPUs.
 pub const ANNOTATION_VCPUS: &str = "io.stockade.vcpus";
 /// Annotation with the guest memory.
 pub const ANNOTATION_MEMORY: &str = "io.stockade.memory";
+/// Characters of an annotation's name that a warning shows.
+const ANNOTATION_SHOWN: usize = 200;
 
 const MIB: u64 = 1 << 20;
 /// The kernel's default period of CPU quotas, µs.
@@ -67,9 +70,6 @@ pub enum Error {
     /// not a size at all
     #[error("{origin} is {value:?}: write a number of bytes, or one with K, M, G or T")]
     NoSize { origin: String, value: String },
-    /// an unknown annotation in our namespace
-    #[error("annotation {0} is not known: remove it, or use {ANNOTATION_VCPUS} or {ANNOTATION_MEMORY}")]
-    Annotation(String),
     /// a new limit is more than the VM has
     #[error("{field} is {value}, but the VM of this container has {has} and does not grow: create it anew")]
     TooSmall { field: &'static str, value: String, has: String },
@@ -85,7 +85,7 @@ impl VmSize {
         resources: Option<&LinuxResources>,
         settings: &Settings,
     ) -> Result<Self, Error> {
-        let annotations = annotated(annotations)?;
+        let annotations = annotated(annotations);
         let cpu = resources.and_then(|r| r.cpu().as_ref());
         let limit = resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
         Ok(VmSize {
@@ -130,19 +130,23 @@ fn with_overhead(limit: u64) -> u64 {
     limit + VM_OVERHEAD + limit / PAGE_ARRAY_FRACTION
 }
 
-/// Our annotations; one that we do not know is an error, because it would be silently ignored.
-fn annotated(annotations: Option<&HashMap<String, String>>) -> Result<SizeSettings, Error> {
+/// Our annotations. They may come from who is not trusted with the host, so none names a path or a program, and one
+/// that is not known is nothing but a warning.
+fn annotated(annotations: Option<&HashMap<String, String>>) -> SizeSettings {
     let mut found = SizeSettings::default();
     for (key, value) in annotations.into_iter().flatten() {
         let sourced = || Some(Sourced { value: value.clone(), origin: format!("annotation {key}") });
         match key.as_str() {
             ANNOTATION_VCPUS => found.vcpus = sourced(),
             ANNOTATION_MEMORY => found.memory = sourced(),
-            other if other.starts_with("io.stockade.") => return Err(Error::Annotation(other.into())),
+            other if other.starts_with("io.stockade.") => tracing::warn!(
+                "annotation {} is ignored: there are {ANNOTATION_VCPUS} and {ANNOTATION_MEMORY}",
+                printable(other, ANNOTATION_SHOWN)
+            ),
             _ => {}
         }
     }
-    Ok(found)
+    found
 }
 
 fn vcpus(annotations: &SizeSettings, cpu: Option<&LinuxCpu>, settings: &Settings) -> Result<u8, Error> {
@@ -345,11 +349,19 @@ mod tests {
             (ANNOTATION_MEMORY, "99999999999999999999999999T"),
             (ANNOTATION_MEMORY, "1X"),
             (ANNOTATION_MEMORY, ""),
-            ("io.stockade.kernel", "/bin/sh"),
         ] {
             let error = size(&[(key, value)], json!({}), &none()).unwrap_err().to_string();
             assert!(error.contains(key) && !error.contains('\n'), "{error}");
         }
+    }
+
+    #[test]
+    fn an_annotation_that_is_not_known_changes_nothing() {
+        let plain = size(&[], json!({}), &Settings::default()).unwrap();
+        assert_eq!(
+            size(&[("io.stockade.kernel", "/bin/sh")], json!({}), &Settings::default()).unwrap(),
+            plain
+        );
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     case!(duplicate_id).stockade_only(OURS).exclusive(),
     case!(guest_files_that_cannot_be_booted).stockade_only(OURS).exclusive(),
     case!(sizes_out_of_range).stockade_only(OURS).exclusive(),
+    case!(annotations_that_are_not_known_are_ignored_with_a_warning).stockade_only("its own annotations"),
     case!(fields_that_cannot_be_honoured_are_named).stockade_only(OURS).exclusive(),
     case!(words_nobody_knows).stockade_only(OURS).exclusive(),
 ];
@@ -165,11 +166,20 @@ fn sizes_out_of_range() {
     }
 }
 
+/// They may come from who is not trusted with the host.
+fn annotations_that_are_not_known_are_ignored_with_a_warning() {
+    let annotations = json!({ "io.stockade.kernel": "/evil", "org.example.other": "x" });
+    let dir = host_scratch();
+    let log = dir.path().join("log");
+    let runtime = Runtime::under_test().global(&["--log", log.to_str().unwrap()]);
+    assert_eq!(runtime.run(&Bundle::sh("echo ran").set("/annotations", annotations)).ok(), "ran\n");
+    let log = fs::read_to_string(&log).unwrap();
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains("level=warning")).collect();
+    assert!(warnings.len() == 1 && warnings[0].contains("io.stockade.kernel"), "{log}");
+    assert!(!log.contains("/evil"), "{log}");
+}
+
 fn fields_that_cannot_be_honoured_are_named() {
-    refused(
-        &Bundle::sh("true").set("/annotations", json!({ "io.stockade.kernel": "/evil" })),
-        "io.stockade.kernel",
-    );
     let namespace = json!({ "type": "pid", "path": "/proc/1/ns/pid" });
     refused(&Bundle::sh("true").without_namespace("pid").push("/linux/namespaces", namespace), "pid");
     let device = json!({ "path": "/dev/x", "type": "q", "major": 1, "minor": 5 });
