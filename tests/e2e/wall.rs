@@ -3,8 +3,9 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 
-use crate::harness::{Bundle, Case, Container, Exit, Hijacked, Runtime, Stdin, case, vmm_of};
+use crate::harness::{Bundle, Case, Container, Exit, Hijacked, Id, Program, Runtime, Stdin, case, vmm_of};
 
 const VMM: &str = "the VMM process";
 
@@ -12,6 +13,7 @@ pub const CASES: &[Case] = &[
     case!(vmm_is_in_namespaces_of_its_own).stockade_only(VMM),
     case!(vmm_sees_its_share_and_nothing_else_of_the_host).stockade_only(VMM),
     case!(vmm_threads_have_filters_and_no_capabilities_but_the_file_servers).stockade_only(VMM),
+    case!(vmm_is_as_likely_to_be_taken_for_its_memory_as_its_container).stockade_only(VMM),
     case!(vmm_holds_no_descriptor_of_its_caller).stockade_only(VMM),
     case!(files_of_all_owners_are_served_from_the_jail).stockade_only(VMM),
     case!(operations_of_all_kinds_on_files_pass_the_filter),
@@ -97,6 +99,29 @@ fn vmm_threads_have_filters_and_no_capabilities_but_the_file_servers() {
         names.push(name);
     }
     assert!(names.iter().any(|name| name == "fs") && names.iter().any(|name| name == "vcpu0"), "{names:?}");
+}
+
+fn vmm_is_as_likely_to_be_taken_for_its_memory_as_its_container() {
+    let score =
+        |pid: i32| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    // Of supervisor and VMM under a caller that is protected, as containerd's shims are.
+    let of = |bundle: &Bundle| {
+        let (runtime, id) = (Runtime::under_test(), Id::new());
+        let run = runtime.run_command(bundle, &id);
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo -500 > /proc/self/oom_score_adj && exec \"$0\" \"$@\""]);
+        command.arg(run.get_program()).args(run.get_args());
+        let container = runtime.adopt(bundle, id, Program::spawn(command, Stdin::Null));
+        container.program.expect_line("ready");
+        let supervisor = container.program.pid();
+        let scores = (score(supervisor), score(vmm_of(supervisor).expect("a VMM")));
+        container.kill("KILL");
+        container.finish();
+        scores
+    };
+    assert_eq!(of(&Bundle::idle()), ("-500".into(), "0".into()));
+    assert_eq!(of(&Bundle::idle().set("/process/oomScoreAdj", 300)), ("-500".into(), "300".into()));
+    assert_eq!(of(&Bundle::idle().set("/process/oomScoreAdj", -300)), ("-500".into(), "-300".into()));
 }
 
 fn vmm_holds_no_descriptor_of_its_caller() {

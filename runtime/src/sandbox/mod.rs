@@ -14,6 +14,7 @@ mod console;
 pub mod control;
 pub mod launch;
 mod meter;
+mod oom_score;
 pub mod pidfd;
 pub mod poll;
 mod relay;
@@ -37,7 +38,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use oci_spec::runtime::Hook;
+use oci_spec::runtime::{Hook, Spec};
 use stockade_agent_protocol::messages::SetNetworkRequest;
 use stockade_agent_protocol::{RPC_PORT, STDIO_PORT};
 use stockade_vmm::control::{Boot, StopReason};
@@ -53,6 +54,7 @@ use crate::size::{self, VmSize};
 use crate::state;
 use agent::Agent;
 use console::Console;
+use oom_score::OomScore;
 pub use share::Share;
 use timeline::Timeline;
 use view::View;
@@ -167,6 +169,7 @@ pub struct Sandbox {
     network: Network,
     outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
+    oom_score: OomScore,
     view: RefCell<Option<View>>,
 }
 
@@ -215,6 +218,7 @@ impl Spawned {
             network,
             outside: outside.into(),
             first_run_ns: Cell::new(0),
+            oom_score: OomScore::default(),
             view: RefCell::default(),
         })
     }
@@ -228,6 +232,11 @@ impl Sandbox {
             return Err(Error::NotBooted);
         }
         Ok(self.share.add(bundle, binds)?)
+    }
+
+    /// Has a container's word count on how soon the host may take the VM's memory.
+    pub fn add_oom_score(&self, spec: &Spec) {
+        self.oom_score.add(self.vmm.id(), spec);
     }
 
     /// Takes the files of a container out of the share again.

@@ -100,6 +100,7 @@ pub fn run(
     let share = Share::mount(reservation.dir().path().join(SHARE))?;
     share.add(&bundle, &adapted.binds)?;
     let sandbox = spawned.boot(share, size, files, launch.debug)?;
+    sandbox.add_oom_score(&bundle.spec);
 
     let mut stdio = open_stdio(&bundle, launch.console_socket.as_deref())?;
     if !matches!(mode, Mode::Run { .. }) {

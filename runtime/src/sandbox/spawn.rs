@@ -17,6 +17,8 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, pipe2};
 
+use super::oom_score;
+
 /// What the process has of its own. A mount namespace too: it leaves the host's root behind in there.
 const NAMESPACES: libc::c_int = libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS
@@ -117,6 +119,7 @@ fn prepare(child: &Child, gate: OwnedFd) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: descriptors, rlim_max: descriptors };
     // SAFETY: prlimit(2) reads a struct that lives until it returns. Where it is not allowed, the limit stays as it is.
     unsafe { libc::prlimit(child.id(), libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
+    oom_score::begin(child.id())?;
     File::from(gate).write_all(&[1])
 }
 

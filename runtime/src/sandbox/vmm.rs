@@ -97,9 +97,14 @@ impl Vmm {
         })
     }
 
+    /// Its process id, for as long as this lives.
+    pub fn id(&self) -> i32 {
+        self.child.borrow().id()
+    }
+
     /// Its identity, for who cleans up later.
     pub fn process(&self) -> Result<ProcessId, Error> {
-        ProcessId::of(self.child.borrow().id()).map_err(Error::Spawn)
+        ProcessId::of(self.id()).map_err(Error::Spawn)
     }
 
     /// Lets it build and boot the VM.

@@ -118,6 +118,7 @@ impl Pod {
         let bundle = Bundle::load(path)?;
         let adapted = guest::adapt(&bundle, id)?;
         vm.share(&bundle, &adapted.binds)?;
+        vm.add_oom_score(&bundle.spec);
         let owner = Owner { namespace: &self.namespace, container: id };
         let (mut host, held) = stdio::open(&init.paths, owner)?;
         init.held.replace(held);
