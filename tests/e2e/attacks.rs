@@ -3,10 +3,11 @@
 //! take more memory than it is due, and the sandbox ends with a reason and leaves nothing.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::harness::{Bundle, Case, Container, Exit, Runtime, Stdin, case, host_scratch, vmm_of};
+use crate::harness::{Bundle, Case, Container, Exit, HANG, Runtime, Stdin, case, host_scratch, vmm_of};
 
 const GUEST: &str = "the guest";
 
@@ -19,6 +20,9 @@ pub const CASES: &[Case] = &[
     case!(fork_bomb_and_memory_hog_stay_in_their_guest).stockade_only(GUEST),
     case!(agent_without_its_connection_is_the_end_with_a_reason).stockade_only(GUEST),
     case!(agent_that_was_overwritten_is_the_end_with_a_reason).stockade_only(GUEST),
+    case!(agent_that_says_nothing_any_more_does_not_keep_a_sandbox).stockade_only(GUEST),
+    case!(garbage_in_the_agents_place_is_the_end_with_a_reason).stockade_only(GUEST),
+    case!(chatter_in_the_agents_place_is_bounded).stockade_only(GUEST),
 ];
 
 /// What a supervisor and a VMM hold in memory of their own beside the guest's, with much to spare, in MiB.
@@ -247,4 +251,104 @@ fn agent_that_was_overwritten_is_the_end_with_a_reason() {
         kill "CHLD", 1; sleep 1000"#;
     let reason = end_of(script);
     assert!(reason.contains("panic") || reason.contains("agent") || reason.contains("guest"), "{reason}");
+}
+
+/// Stops every thread of the agent: to the host the VM runs on, and nobody answers.
+const SILENCE: &str = r#"
+    for my $thread (map { m{(\d+)$} } glob "/proc/1/task/*") {
+        # PTRACE_SEIZE, PTRACE_INTERRUPT
+        for my $request (0x4206, 0x4207) { syscall(101, $request, 0 + $thread, 0, 0) == 0 or die "ptrace: $!" }
+    }
+"#;
+
+/// Takes the agent's connection to the supervisor from it, as `$connection`.
+const CONNECTION: &str = r#"
+    my $agent = syscall(434, 1, 0); $agent >= 0 or die "pidfd_open: $!";
+    my $connection;
+    for my $fd (map { m{(\d+)$} } glob "/proc/1/fd/*") {
+        readlink("/proc/1/fd/$fd") =~ /^socket:/ or next;
+        my $ours = syscall(438, $agent, 0 + $fd, 0); $ours >= 0 or die "pidfd_getfd: $!";
+        open(my $socket, "+<&=", $ours) or die "open: $!";
+        # SO_ACCEPTCONN, and AF_VSOCK with the port that the agent is called on.
+        unpack("i", getsockopt($socket, 1, 30)) and next;
+        my ($family, $port) = unpack "SxxL", getsockname($socket) . "\0" x 8;
+        $connection = $socket if $family == 40 && $port == 1024;
+    }
+    $connection or die "the agent has no connection";
+    binmode $connection;
+"#;
+
+/// Tells the host that the attack has come so far: by a file, for which the guest needs no agent.
+const MARK: &str = r#" open(my $mark, ">", "/v/here") or die "mark: $!"; close $mark; "#;
+
+/// A privileged container that has run a script as far as [`MARK`].
+#[track_caller]
+fn attacking(script: &str) -> Container {
+    let dir = host_scratch();
+    let bundle = privileged(Bundle::perl(script)).bind(dir.path(), "/v", &[]);
+    let mut attacker = Runtime::under_test().start(&bundle, Stdin::Null);
+    let begin = Instant::now();
+    while !dir.path().join("here").exists() {
+        assert!(!attacker.program.ended_within(Duration::from_millis(10)), "{}", attacker.program.report());
+        assert!(begin.elapsed() < HANG, "{}", attacker.program.report());
+    }
+    attacker
+}
+
+fn agent_that_says_nothing_any_more_does_not_keep_a_sandbox() {
+    let other = Runtime::under_test().idle();
+    let script = format!("{SILENCE} {MARK} sleep 100000");
+    // By force nobody in the guest is asked.
+    let attacker = attacking(&script);
+    attacker.op_with(&["delete", "--force"], &[]).code(0);
+    attacker.op("state").refused();
+    // Without it the guest has its time, and then that is the end.
+    let attacker = attacking(&script);
+    costs_what_it_may(&attacker);
+    attacker.kill("KILL");
+    let ended = attacker.finish();
+    assert_ne!(ended.exit, Exit::Code(0), "{ended:?}");
+    assert!(ended.stderr.contains("SIGKILL") || ended.stderr.contains("agent"), "{ended:?}");
+    works(&other);
+}
+
+fn garbage_in_the_agents_place_is_the_end_with_a_reason() {
+    let other = Runtime::under_test().idle();
+    // No frame at all; one of 4 GiB; one that breaks off; a request from whom only answers are due; and answers to all
+    // that may have been asked, the container's end among them, that are no messages.
+    for garbage in [
+        r#""\x41" x 65536"#,
+        r#"pack("NNCC", 0xffffffff, 1, 2, 0) . "x" x 100"#,
+        r#"pack("NNCC", 100, 1, 2, 0) . "x""#,
+        r#"pack("NNCC", 4, 2, 1, 0) . "\xff" x 4"#,
+        r#"join "", map { pack("NNCC", 40, $_, 2, 0) . "\xff" x 40 } 0 .. 99"#,
+    ] {
+        let script = format!(
+            "{SILENCE} {CONNECTION} {MARK} syswrite $connection, {garbage}; shutdown $connection, 2; sleep 100000"
+        );
+        let ended = attacking(&script).finish();
+        assert!(matches!(ended.exit, Exit::Code(1..)), "{garbage}: {ended:?}");
+        let reason = &ended.stderr;
+        assert!(reason.contains("agent") || reason.contains("guest"), "{garbage}: {ended:?}");
+        works(&other);
+    }
+}
+
+fn chatter_in_the_agents_place_is_bounded() {
+    let other = Runtime::under_test().idle();
+    // Answers that nobody waits for, as large as one may be and as fast as they go.
+    let script = format!(
+        r#"{SILENCE} {CONNECTION} {MARK}
+           my $answer = pack("NNCC", 4 << 20, 77777, 2, 0) . "x" x (4 << 20);
+           while (syswrite $connection, $answer) {{}}
+           sleep 100000"#
+    );
+    let attacker = attacking(&script);
+    for _ in 0..5 {
+        works(&other);
+    }
+    costs_what_it_may(&attacker);
+    attacker.op_with(&["delete", "--force"], &[]).code(0);
+    attacker.op("state").refused();
+    works(&other);
 }
