@@ -212,7 +212,7 @@ run_benchmark() {
 }
 
 # With the fuzz targets over their corpora (tests/fuzz): the same few inputs each time.
-unit_tests() { cargo_test unit --lib --bins --test fuzz; }
+unit_tests() { cargo_test unit --lib --bins --test fuzz --test rules; }
 end_to_end_tests() { PATH=$STOCKADE_STAGE/bin:$PATH cargo_test end-to-end --test e2e; }
 
 # Looks for inputs that the fuzz targets fail with, $T seconds each. LLVM's pass that counts branches is in the stable
