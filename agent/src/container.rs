@@ -1,7 +1,8 @@
 //! Containers: made by libcontainer in a forked helper, started, joined by execs, deleted.
 //!
 //! What always holds: a container is in the map as soon as its id is taken, and what a step of its making left behind
-//! is removed if a later one fails. No lock is held across an await, so nothing one container does delays another.
+//! is removed if a later one fails. No lock is held across an await but the one of what a pod's containers share, so
+//! nothing else that one container does delays another.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -28,6 +29,7 @@ use crate::helper::{Helper, Record, Reports};
 use crate::hooks;
 use crate::mounts;
 use crate::oom::OomWatch;
+use crate::pod;
 use crate::reaper::Reaper;
 use crate::spec::{self, Ids, ProcessFacts};
 use crate::stdio::{self, ChildEnds, Drain, Ends, Relays, Rendezvous};
@@ -48,6 +50,8 @@ pub struct Containers {
     pub events: Arc<Events>,
     reaper: Reaper,
     oom: Mutex<Option<Arc<OomWatch>>>,
+    /// Whether there is the pid namespace that a pod's containers share.
+    pod_pid_namespace: tokio::sync::Mutex<bool>,
     /// `None` while a container is being made.
     all: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
@@ -79,6 +83,7 @@ impl Containers {
             events: Arc::default(),
             reaper,
             oom: Mutex::new(None),
+            pod_pid_namespace: tokio::sync::Mutex::new(false),
             all: Mutex::default(),
         })
     }
@@ -143,6 +148,9 @@ impl Containers {
         for (name, value) in &adapted.network_sysctls {
             set_sysctl(name, value)?;
         }
+        if adapted.in_pod_pid_namespace {
+            self.pod_pid_namespace().await?;
+        }
         cgroup.create(adapted.resources.as_ref())?;
         let bundle = PathBuf::from(BUNDLE_DIR).join(id);
         let config = serde_json::to_vec(&adapted.spec)
@@ -190,6 +198,20 @@ impl Containers {
             ids: adapted.ids,
             seccomp: adapted.spec.linux().as_ref().and_then(|l| l.seccomp().clone()),
         })
+    }
+
+    /// Makes the pid namespace that a pod's containers share, with the first of them.
+    async fn pod_pid_namespace(&self) -> Result<(), Error> {
+        let mut made = self.pod_pid_namespace.lock().await;
+        if !*made {
+            let mut helper = Helper::fork(&self.reaper, |_| match pod::make_pid_namespace() {
+                Ok(init) => Record::Done(Some(init)),
+                Err(e) => Record::Failed(e.to_string()),
+            })?;
+            helper.outcome().await?;
+            *made = true;
+        }
+        Ok(())
     }
 
     /// Runs a further process in a container.
@@ -512,7 +534,8 @@ fn failed(error: &LibcontainerError) -> Record {
     Record::Failed(text)
 }
 
-fn set_sysctl(name: &str, value: &str) -> Result<(), Error> {
+/// Sets a property of the namespaces that this process is in.
+pub fn set_sysctl(name: &str, value: &str) -> Result<(), Error> {
     if name.split(['.', '/']).any(|part| part.is_empty()) {
         return Err(Error::Invalid(format!("linux.sysctl {name:?} is not a name")));
     }

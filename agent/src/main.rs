@@ -23,6 +23,7 @@ mod log;
 mod mounts;
 mod network;
 mod oom;
+mod pod;
 mod processes;
 mod reaper;
 mod sandbox;
@@ -42,6 +43,9 @@ use crate::error::Error;
 
 fn main() {
     let started_ns = boot::monotonic_ns();
+    if pod::is_pause() {
+        pod::pause();
+    }
     if std::process::id() != 1 {
         eprintln!(
             "stockade-agent is the init process of a stockade guest; it cannot run as anything but PID 1"

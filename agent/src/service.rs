@@ -13,15 +13,15 @@ use stockade_agent_protocol::PROTOCOL_VERSION;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty, Event,
     ExecRequest, ExecResponse, HandshakeRequest, HandshakeResponse, PidsResponse, ProcessRequest,
-    ResizeRequest, SetNetworkRequest, SetupSandboxRequest, SetupSandboxResponse, ShutdownRequest,
-    SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+    ResizeRequest, SetNetworkRequest, SetPodRequest, SetupSandboxRequest, SetupSandboxResponse,
+    ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
 };
 use stockade_agent_protocol::service::Agent;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::container::Containers;
 use crate::error::Error;
-use crate::{boot, console, network, processes, sandbox};
+use crate::{boot, console, network, pod, processes, sandbox};
 
 /// Highest signal number, SIGRTMAX.
 const SIGNAL_MAX: u32 = 64;
@@ -116,6 +116,12 @@ impl Agent for Service {
     async fn set_network(&self, _: &TtrpcContext, request: SetNetworkRequest) -> ttrpc::Result<Empty> {
         self.containers()?;
         network::set(&request)?;
+        Ok(Empty::default())
+    }
+
+    async fn set_pod(&self, _: &TtrpcContext, request: SetPodRequest) -> ttrpc::Result<Empty> {
+        self.containers()?;
+        pod::set(&request)?;
         Ok(Empty::default())
     }
 

@@ -4,12 +4,14 @@
 //! taken over by the agent, translated, or refused by name: a field is never silently dropped.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
     Capabilities, Capability, Hook, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceType,
     LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
+
+use stockade_agent_protocol::POD_PID_NAMESPACE;
 
 use crate::error::Error;
 use crate::mounts::{self, Finish};
@@ -33,6 +35,8 @@ pub struct Adapted {
     pub start_hooks: Vec<Hook>,
     /// The container has a pid namespace of its own: all its processes end with its init.
     pub own_pid_namespace: bool,
+    /// It shares the pod's.
+    pub in_pod_pid_namespace: bool,
 }
 
 /// Whom a container's users are in the guest: the mappings of its user namespace, if it has one.
@@ -115,6 +119,10 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     }
     let own_pid_namespace =
         linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Pid && n.path().is_none());
+    let in_pod_pid_namespace = linux.namespaces().iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Pid
+            && namespace.path().as_deref() == Some(Path::new(POD_PID_NAMESPACE))
+    });
     let has_network = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Network);
     let mut network_sysctls = HashMap::new();
     if let Some(sysctls) = linux.sysctl_mut().as_mut().filter(|_| !has_network) {
@@ -137,6 +145,7 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
         finish,
         start_hooks,
         own_pid_namespace,
+        in_pod_pid_namespace,
     })
 }
 
@@ -302,7 +311,11 @@ mod tests {
     fn a_shared_pid_namespace_is_not_its_own() {
         let mut config = config();
         config["linux"]["namespaces"] = json!([{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "mount"}]);
-        assert!(!adapted(&config).unwrap().own_pid_namespace);
+        let other = adapted(&config).unwrap();
+        assert!(!other.own_pid_namespace && !other.in_pod_pid_namespace);
+        config["linux"]["namespaces"][0]["path"] = json!(POD_PID_NAMESPACE);
+        let pods = adapted(&config).unwrap();
+        assert!(!pods.own_pid_namespace && pods.in_pod_pid_namespace);
         config["linux"]["namespaces"] = json!([{"type": "mount"}]);
         assert!(!adapted(&config).unwrap().own_pid_namespace);
     }

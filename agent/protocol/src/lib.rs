@@ -26,7 +26,7 @@ pub use generated::agent as messages;
 pub use generated::agent_ttrpc as service;
 
 /// Version of the contract. The host brings its own guest image, so both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Guest port of the ttrpc service.
 pub const RPC_PORT: u32 = 1024;
 /// Guest port of stdio streams.
@@ -35,3 +35,7 @@ pub const STDIO_PORT: u32 = 1025;
 pub const SHARE_TAG: &str = "share";
 /// Where the guest mounts that device.
 pub const SHARE_MOUNT_POINT: &str = "/run/stockade/share";
+/// Path of the pid namespace that a pod's containers share, in their configuration. It is made with the first of them.
+pub const POD_PID_NAMESPACE: &str = "/run/stockade/pod/pid";
+/// Shared memory of a pod's containers.
+pub const POD_SHM: &str = "/run/stockade/pod/shm";

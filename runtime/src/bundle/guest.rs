@@ -8,9 +8,10 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Spec};
-use stockade_agent_protocol::SHARE_MOUNT_POINT;
+use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
+use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_SHM, SHARE_MOUNT_POINT};
 
+use super::pod::is_shm;
 use super::validate::is_bind;
 use super::{Bundle, Error};
 
@@ -73,8 +74,26 @@ pub struct ShownMount {
     pub is_proc: bool,
 }
 
+/// Where a bind mount is in the share.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Below the share directory.
+    pub target: PathBuf,
+    /// What is to be bound there, unless it is there already.
+    pub bind: Option<Bind>,
+}
+
 /// Takes a bundle apart for the container `id`, which must have passed the check of ids.
 pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
+    adapt_with(bundle, id, |bind| Placed { target: bind.target.clone(), bind: Some(bind) })
+}
+
+/// The same, with each bind mount where `place` says; it is given what would be made at a place of the container's own.
+pub fn adapt_with(
+    bundle: &Bundle,
+    id: &str,
+    mut place: impl FnMut(Bind) -> Placed,
+) -> Result<Adapted, Error> {
     let mut spec = bundle.spec.clone();
     let base = Path::new(id);
     let in_guest = |target: &Path| Path::new(SHARE_MOUNT_POINT).join(target);
@@ -92,6 +111,7 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
     }
     let root_follows = root_follows(&spec);
     let mut mounts = Vec::new();
+    let mut number = 0;
     for mount in spec.mounts_mut().iter_mut().flatten() {
         let mut shown = ShownMount {
             destination: mount.destination().clone(),
@@ -103,18 +123,24 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
             mounts.push(shown);
             continue;
         }
-        let target = base.join("mounts").join((binds.len() - 1).to_string());
+        if bundle.joined.shm && is_shm(mount.destination()) {
+            mount.set_source(Some(POD_SHM.into()));
+            mounts.push(shown);
+            continue;
+        }
         let source = bundle.path.join(mount.source().as_deref().unwrap_or(Path::new("")));
         shown.is_dir = source.is_dir();
-        shown.target = Some(target.clone());
-        mounts.push(shown);
-        binds.push(Bind {
+        let Placed { target, bind } = place(Bind {
             source,
-            target: target.clone(),
+            target: base.join("mounts").join(number.to_string()),
             recursive: is_recursive(mount),
             readonly: readonly(mount),
             follows: follows(mount).unwrap_or(root_follows),
         });
+        number += 1;
+        binds.extend(bind);
+        shown.target = Some(target.clone());
+        mounts.push(shown);
         mount.set_source(Some(in_guest(&target)));
         // Where the container mounts nothing, there is nothing to share but what the host mounts.
         for option in mount.options_mut().iter_mut().flatten() {
@@ -130,6 +156,11 @@ pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
         linux.set_cgroups_path(Some(Path::new("/").join(base)));
         if let Some(namespaces) = linux.namespaces_mut() {
             namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+            if bundle.joined.pid_namespace {
+                let mut pods = LinuxNamespace::default();
+                pods.set_typ(LinuxNamespaceType::Pid).set_path(Some(POD_PID_NAMESPACE.into()));
+                namespaces.push(pods);
+            }
         }
         if let Some(resources) = linux.resources_mut() {
             *resources = guests_part(resources.clone());

@@ -7,6 +7,7 @@
 pub mod guest;
 pub mod hooks;
 mod options;
+pub mod pod;
 mod program;
 mod resources;
 mod validate;
@@ -20,6 +21,7 @@ use stockade_agent_protocol::resources::Refused;
 
 pub use oci_spec::runtime::Hook;
 pub use options::MOUNT_OPTIONS;
+use pod::{Joined, Shared};
 pub use resources::{check as check_resources, merge as merge_resources};
 pub use validate::{check_process, is_bind};
 
@@ -80,6 +82,8 @@ pub struct Bundle {
     pub spec: Spec,
     /// The root filesystem, absolute and without symbolic links.
     pub rootfs: PathBuf,
+    /// What it takes part in of a pod's.
+    pub joined: Joined,
 }
 
 /// Errors of a bundle. Each names the field.
@@ -125,8 +129,21 @@ pub enum Error {
 impl Bundle {
     /// Loads and checks the bundle in a directory.
     pub fn load(dir: &Path) -> Result<Self, Error> {
+        Self::load_with(dir, |_| Ok(Joined::default()))
+    }
+
+    /// The same for a container of a pod, for which `sandbox` stands on the host.
+    pub fn load_in_pod(dir: &Path, shared: &Shared, sandbox: u32) -> Result<Self, Error> {
+        Self::load_with(dir, |spec| {
+            pod::check_devices(spec)?;
+            Ok(shared.adopt(spec, sandbox))
+        })
+    }
+
+    fn load_with(dir: &Path, adopt: impl FnOnce(&mut Spec) -> Result<Joined, Error>) -> Result<Self, Error> {
         let path = fs::canonicalize(dir).map_err(|e| Error::Directory(dir.to_owned(), e))?;
         let mut spec = read_spec(&path)?;
+        let joined = adopt(&mut spec)?;
         validate::check(&spec)?;
         let rootfs = find_rootfs(&path, &spec)?;
         validate::check_mount_sources(&spec, &path)?;
@@ -135,15 +152,12 @@ impl Bundle {
             // A relative destination counts from the root (config.md, mounts).
             mount.set_destination(Path::new("/").join(mount.destination()));
         }
-        Ok(Bundle { path, spec, rootfs })
+        Ok(Bundle { path, spec, rootfs, joined })
     }
 
     /// The limits that can be changed later: `linux.resources` without the rules for devices.
     pub fn limits(&self) -> LinuxResources {
-        let resources = self.spec.linux().as_ref().and_then(|linux| linux.resources().clone());
-        let mut limits = resources.unwrap_or_default();
-        limits.set_devices(None);
-        limits
+        limits(&self.spec)
     }
 
     /// Whether the workload has a terminal.
@@ -155,6 +169,14 @@ impl Bundle {
     pub fn readonly_root(&self) -> bool {
         self.spec.root().as_ref().and_then(|r| r.readonly()).unwrap_or(false)
     }
+}
+
+/// The limits of a configuration, without its rules for devices.
+pub fn limits(spec: &Spec) -> LinuxResources {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+    let mut limits = resources.unwrap_or_default();
+    limits.set_devices(None);
+    limits
 }
 
 /// Reads a bundle's config.json without looking at what it says.

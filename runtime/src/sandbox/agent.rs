@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, ExecRequest, HandshakeRequest,
-    HandshakeResponse, Process, ProcessRequest, ResizeRequest, SetNetworkRequest, SetupSandboxRequest,
-    ShutdownRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitResponse, event,
+    HandshakeResponse, Process, ProcessRequest, ResizeRequest, SetNetworkRequest, SetPodRequest,
+    SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitResponse,
+    event,
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
@@ -102,6 +103,11 @@ impl Agent {
     /// Makes the guest's network what the request says.
     pub async fn set_network(&self, request: &SetNetworkRequest) -> Result<(), Error> {
         call(self.0.set_network(context(), request)).await.map(drop)
+    }
+
+    /// Prepares what the containers of a pod share.
+    pub async fn set_pod(&self, request: &SetPodRequest) -> Result<(), Error> {
+        call(self.0.set_pod(context(), request)).await.map(drop)
     }
 
     /// Creates a container.

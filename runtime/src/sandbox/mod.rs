@@ -39,12 +39,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use oci_spec::runtime::{Hook, Spec};
-use stockade_agent_protocol::messages::SetNetworkRequest;
+use stockade_agent_protocol::messages::{SetNetworkRequest, SetPodRequest};
 use stockade_agent_protocol::{RPC_PORT, STDIO_PORT};
 use stockade_vmm::control::{Boot, StopReason};
 use tokio::time::timeout;
 
 use crate::bundle::guest::{Bind, Shown};
+use crate::bundle::pod::Shared;
 use crate::bundle::{self, Bundle, hooks};
 use crate::config;
 use crate::guest_files::{self, GuestFiles};
@@ -239,9 +240,9 @@ impl Sandbox {
         self.oom_score.add(self.vmm.id(), spec);
     }
 
-    /// Takes the files of a container out of the share again.
-    pub fn unshare(&self, id: &str) {
-        self.share.remove(Path::new(id));
+    /// Takes a part of the share away again, such as a container's files, which are in a directory of its name.
+    pub fn unshare(&self, below: &Path) {
+        self.share.remove(below);
     }
 
     /// Lets who enters this process's mount namespace find a container's files there and no others. Nothing can be
@@ -347,6 +348,19 @@ impl Sandbox {
         let set = self.agent.set_network(&request).await;
         self.timeline.mark("network_set");
         set.map_err(|source| Error::Agent { what: "set up the guest's network", source })
+    }
+
+    /// Has the agent prepare what the containers of a pod share.
+    pub async fn set_pod(&self, shared: &Shared) -> Result<(), Error> {
+        let request = SetPodRequest {
+            hostname: shared.hostname.clone(),
+            domainname: shared.domainname.clone(),
+            sysctls: shared.sysctls.clone(),
+            shm_bytes: shared.shm_bytes,
+            ..Default::default()
+        };
+        let set = self.agent.set_pod(&request).await;
+        set.map_err(|source| Error::Agent { what: "set up the pod", source })
     }
 
     /// Takes back what was wired; false if that is left to [`network::clean_up`].

@@ -22,6 +22,7 @@ mod start;
 mod stats;
 mod stdio;
 mod task;
+mod volumes;
 
 use std::ffi::OsStr;
 use std::io::{self, Write};

@@ -6,6 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -21,6 +22,8 @@ use super::events::{Publisher, timestamp};
 use super::process::{Exited, Process, Stage};
 use super::role::Role;
 use super::task::Container;
+use super::volumes::Volumes;
+use crate::bundle::pod::Shared;
 use crate::printable::error_line;
 use crate::sandbox::agent::{self, Exit};
 use crate::sandbox::stdio::Relays;
@@ -52,6 +55,10 @@ pub struct Pod {
     pub pid: u32,
     /// Somebody asked this shim to end, and there is no task left.
     pub finished: Notify,
+    /// What its containers share, if it is one of Kubernetes.
+    pub shared: Option<Shared>,
+    /// What its containers mount.
+    pub volumes: RefCell<Volumes>,
     vm: Option<Sandbox>,
     /// Its state on the host.
     kept: Option<(Rc<StateDir>, RefCell<State>)>,
@@ -67,12 +74,12 @@ impl Pod {
     /// A sandbox whose VM boots, or one that could not be started and why.
     pub fn new(
         (id, namespace, role): (String, String, Role),
-        vm: Result<(Sandbox, Rc<StateDir>, State), sandbox::Error>,
+        vm: Result<(Sandbox, Option<Shared>, Rc<StateDir>, State), sandbox::Error>,
         publisher: Publisher,
     ) -> Rc<Self> {
-        let (vm, kept, gone) = match vm {
-            Ok((vm, dir, state)) => (Some(vm), Some((dir, RefCell::new(state))), None),
-            Err(e) => (None, None, Some(error_line(&e))),
+        let (vm, shared, kept, gone) = match vm {
+            Ok((vm, shared, dir, state)) => (Some(vm), shared, Some((dir, RefCell::new(state))), None),
+            Err(e) => (None, None, None, Some(error_line(&e))),
         };
         let vmm = kept.as_ref().and_then(|(_, state)| state.borrow().vmm);
         let pid = vmm.map_or(std::process::id(), |vmm| vmm.pid as u32);
@@ -84,6 +91,8 @@ impl Pod {
             containers: RefCell::default(),
             pid,
             finished: Notify::new(),
+            shared,
+            volumes: RefCell::default(),
             vm,
             kept,
             up: Cell::new(false),
@@ -122,6 +131,9 @@ impl Pod {
         };
         let request = vm.wire_network(save).await?;
         vm.set_network(request).await?;
+        if let Some(shared) = &self.shared {
+            vm.set_pod(shared).await?;
+        }
         self.up.set(true);
         self.went.notify_waiters();
         Ok(())
@@ -187,6 +199,15 @@ impl Pod {
         match &self.vm {
             Some(vm) => vm.run_hooks("poststop", list, state).await,
             None => Ok(()),
+        }
+    }
+
+    /// Takes the files of a container out of the share.
+    pub fn unshare(&self, container: &str) {
+        let unused = self.volumes.borrow_mut().leave(container);
+        if let Ok(vm) = self.vm() {
+            vm.unshare(Path::new(container));
+            unused.iter().for_each(|volume| vm.unshare(volume));
         }
     }
 

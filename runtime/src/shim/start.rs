@@ -26,7 +26,7 @@ use super::role::Role;
 use super::service::{Call, TaskService};
 use super::socket::{Address, Bound};
 use super::{Error, os};
-use crate::bundle;
+use crate::bundle::{self, pod::Shared};
 use crate::config::Settings;
 use crate::guest_files::GuestFiles;
 use crate::network::Network;
@@ -142,8 +142,8 @@ fn run(serve: Serve, listener: UnixListener) -> Result<(), Error> {
     let booted = boot(&serve);
     drop(inside);
     let (vm, reservation) = match booted {
-        Ok(Booted { sandbox, state, reservation }) => {
-            (Ok((sandbox, reservation.dir().clone(), state)), Some(reservation))
+        Ok(Booted { sandbox, shared, state, reservation }) => {
+            (Ok((sandbox, shared, reservation.dir().clone(), state)), Some(reservation))
         }
         // The first request is told; until then this is a shim like any other.
         Err(e) => (Err(e), None),
@@ -178,6 +178,7 @@ fn run(serve: Serve, listener: UnixListener) -> Result<(), Error> {
 fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
     let settings = Settings::load()?;
     let files = GuestFiles::open(&settings)?;
+    let shared = (serve.role == Role::Pod).then(|| Shared::of(&serve.spec)).transpose()?;
     let size = size(serve, &settings)?;
     let network = Network::enter(&serve.spec, false)?;
     let spawned = Sandbox::spawn(true, network, Timeline::begin(serve.process_start_ns))?;
@@ -197,7 +198,7 @@ fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
         owner: nix::unistd::getuid().as_raw(),
         annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect(),
         error: None,
-        resources: serve.spec.linux().as_ref().and_then(|l| l.resources().clone()).unwrap_or_default(),
+        resources: bundle::limits(&serve.spec),
         vm: size,
         poststop: Vec::new(),
         cgroup: None,
@@ -207,12 +208,14 @@ fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
     reservation.dir().save(&state)?;
     let share = Share::mount(reservation.dir().path().join(SHARE))?;
     let sandbox = spawned.boot(share, size, files, serve.flags.debug)?;
-    Ok(Booted { sandbox, state, reservation })
+    Ok(Booted { sandbox, shared, state, reservation })
 }
 
 /// A VM on its way, and what of it is on the host.
 struct Booted {
     sandbox: Sandbox,
+    /// What its containers share, if it is a pod.
+    shared: Option<Shared>,
     state: State,
     reservation: Reservation,
 }

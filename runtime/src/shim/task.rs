@@ -107,6 +107,7 @@ impl Pod {
                 Ok(self.pid)
             }
             Err(e) => {
+                self.unshare(&id);
                 rootfs::unmount_all(&root);
                 Err(e)
             }
@@ -115,8 +116,19 @@ impl Pod {
 
     async fn make(self: &Rc<Self>, id: &str, path: &Path, init: Rc<Process>) -> Result<Rc<Container>, Error> {
         let vm = self.ready().await?;
-        let bundle = Bundle::load(path)?;
-        let adapted = guest::adapt(&bundle, id)?;
+        let (bundle, adapted) = match &self.shared {
+            Some(shared) => {
+                let bundle = Bundle::load_in_pod(path, shared, self.pid)?;
+                let mut volumes = self.volumes.borrow_mut();
+                let adapted = guest::adapt_with(&bundle, id, |bind| volumes.place(bind, id))?;
+                (bundle, adapted)
+            }
+            None => {
+                let bundle = Bundle::load(path)?;
+                let adapted = guest::adapt(&bundle, id)?;
+                (bundle, adapted)
+            }
+        };
         vm.share(&bundle, &adapted.binds)?;
         vm.add_oom_score(&bundle.spec);
         let owner = Owner { namespace: &self.namespace, container: id };
@@ -452,12 +464,12 @@ impl Pod {
     /// What a container leaves in the guest and in the share. The VM may be gone, and all of it with it.
     async fn forget(&self, container: &Container) {
         let hooks = container.hooks.poststop();
-        if let Ok(vm) = self.vm() {
-            if let Err(e) = vm.agent.delete(&container.id).await {
-                tracing::warn!(container = container.id, "the guest did not remove the container: {e}");
-            }
-            vm.unshare(&container.id);
+        if let Ok(vm) = self.vm()
+            && let Err(e) = vm.agent.delete(&container.id).await
+        {
+            tracing::warn!(container = container.id, "the guest did not remove the container: {e}");
         }
+        self.unshare(&container.id);
         rootfs::unmount_all(&container.bundle.join(ROOTFS));
         if let Some(list) = hooks.as_ref().filter(|list| !list.is_empty()) {
             let state = hook_state(&container.id, &container.bundle, self.pid, "stopped");

@@ -131,7 +131,7 @@ fn check_time(linux: &Linux) -> Result<(), Error> {
 }
 
 /// Only what belongs to a namespace of the container can be set for the container, as other runtimes have it.
-fn check_sysctl(name: &str, namespaces: &[LinuxNamespaceType]) -> Result<(), Error> {
+pub(crate) fn check_sysctl(name: &str, namespaces: &[LinuxNamespaceType]) -> Result<(), Error> {
     const IPC: [&str; 8] = [
         "kernel.msgmax",
         "kernel.msgmnb",

@@ -15,6 +15,7 @@ use oci_spec::runtime::Spec;
 use super::Error;
 use super::program::is_static;
 use linux::check_linux;
+pub(super) use linux::check_sysctl;
 use mounts::check_mount;
 
 pub use mounts::{check_mount_sources, is_bind};

@@ -6,6 +6,7 @@ use std::path::Path;
 use oci_spec::runtime::{Capability, Mount, Spec};
 
 use super::{unsupported, value};
+use crate::bundle::pod::leads_across;
 use crate::bundle::{Error, MOUNT_OPTIONS};
 
 /// File systems that the guest's kernel mounts by itself. Of others the source would be looked for in the guest, or it
@@ -94,9 +95,15 @@ pub fn check_mount_sources(spec: &Spec, bundle: &Path) -> Result<(), Error> {
         let path = bundle.join(mount.source().as_deref().unwrap_or(Path::new("")));
         fs::metadata(&path).map_err(|source| Error::Path {
             field: format!("mounts[{index}].source"),
-            path,
+            path: path.clone(),
             source,
         })?;
+        if !leads_across(&path) {
+            return unsupported(
+                &format!("mounts[{index}].source {}", path.display()),
+                "a socket, pipe or device of the host does not lead into a VM; mount a file or a directory",
+            );
+        }
     }
     Ok(())
 }

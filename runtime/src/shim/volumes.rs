@@ -1,0 +1,120 @@
+//! The volumes of a pod: what its containers mount, once each in the share.
+//!
+//! The guest takes two bind mounts of one directory for two file systems: what one container maps or binds a socket
+//! to, another would not find there. So containers that mount the same directory in the same way get the same one.
+//! A volume that some mount read-only and others do not is two, unless it is the pod's own: what the pod may not
+//! write to is read-only on the host, where the guest cannot change that.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::bundle::guest::{Bind, Placed, ReadOnly};
+
+/// Where they are in the share. No container's id has the character.
+const DIRECTORY: &str = "=volumes";
+/// Part of the path of a directory that kubelet makes for a pod and removes with it.
+const EMPTY_DIR: &str = "/volumes/kubernetes.io~empty-dir/";
+
+/// All of a pod's.
+#[derive(Debug, Default)]
+pub struct Volumes {
+    made: usize,
+    all: Vec<Volume>,
+}
+
+#[derive(Debug)]
+struct Volume {
+    bind: Bind,
+    /// Device and inode of the source: a path may lead to something new.
+    file: Option<(u64, u64)>,
+    /// Containers that mount it.
+    users: BTreeSet<String>,
+}
+
+impl Volumes {
+    /// Finds the place of what a container mounts.
+    pub fn place(&mut self, bind: Bind, container: &str) -> Placed {
+        let file = fs::metadata(&bind.source).ok().map(|found| (found.dev(), found.ino()));
+        let is_pods_own = bind.source.to_string_lossy().contains(EMPTY_DIR);
+        let readonly = if is_pods_own { ReadOnly::No } else { bind.readonly };
+        let bind = Bind { readonly, ..bind };
+        let same = |known: &&mut Volume| {
+            let target = known.bind.target.clone();
+            file.is_some() && known.file == file && known.bind == Bind { target, ..bind.clone() }
+        };
+        if let Some(known) = self.all.iter_mut().find(same) {
+            known.users.insert(container.into());
+            return Placed { target: known.bind.target.clone(), bind: None };
+        }
+        let target = Path::new(DIRECTORY).join(self.made.to_string());
+        self.made += 1;
+        let bind = Bind { target: target.clone(), ..bind };
+        self.all.push(Volume { bind: bind.clone(), file, users: [container.into()].into() });
+        Placed { target, bind: Some(bind) }
+    }
+
+    /// A container is gone. Returns where in the share there is what nobody mounts any more.
+    pub fn leave(&mut self, container: &str) -> Vec<PathBuf> {
+        let mut unused = Vec::new();
+        self.all.retain_mut(|volume| {
+            let left = volume.users.remove(container) && volume.users.is_empty();
+            if left {
+                unused.push(volume.bind.target.clone());
+            }
+            !left
+        });
+        unused
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bind(source: &Path, readonly: ReadOnly) -> Bind {
+        Bind { source: source.into(), target: "c/mounts/0".into(), recursive: true, readonly, follows: false }
+    }
+
+    #[test]
+    fn containers_share_a_volume_until_the_last_of_them_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut volumes = Volumes::default();
+        let first = volumes.place(bind(dir.path(), ReadOnly::No), "a");
+        let made = first.bind.unwrap();
+        assert_eq!((&made.target, made.source.as_path()), (&first.target, dir.path()));
+        assert_eq!(
+            volumes.place(bind(dir.path(), ReadOnly::No), "b"),
+            Placed { target: first.target.clone(), bind: None }
+        );
+        let readonly = volumes.place(bind(dir.path(), ReadOnly::Top), "b");
+        assert!(readonly.bind.is_some_and(|bind| bind.readonly == ReadOnly::Top));
+        assert!(volumes.leave("a").is_empty());
+        assert_eq!(volumes.leave("b"), [first.target.clone(), readonly.target]);
+        assert_ne!(volumes.place(bind(dir.path(), ReadOnly::No), "c").target, first.target);
+    }
+
+    #[test]
+    fn a_path_that_leads_to_something_new_is_another_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hosts");
+        fs::write(&path, "1").unwrap();
+        let mut volumes = Volumes::default();
+        let first = volumes.place(bind(&path, ReadOnly::No), "a");
+        fs::write(dir.path().join("new"), "2").unwrap();
+        fs::rename(dir.path().join("new"), &path).unwrap();
+        assert_ne!(volumes.place(bind(&path, ReadOnly::No), "b").target, first.target);
+    }
+
+    #[test]
+    fn an_empty_directory_of_the_pod_is_one_for_readers_and_writers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("volumes/kubernetes.io~empty-dir/v");
+        fs::create_dir_all(&path).unwrap();
+        let mut volumes = Volumes::default();
+        let reader = volumes.place(bind(&path, ReadOnly::All), "a");
+        assert_eq!(reader.bind.unwrap().readonly, ReadOnly::No);
+        assert_eq!(volumes.place(bind(&path, ReadOnly::No), "b").target, reader.target);
+    }
+}
