@@ -28,7 +28,7 @@ const DEFAULT_VCPUS: u64 = 1;
 /// Without any limit.
 const DEFAULT_MEMORY: u64 = 256 * MIB;
 /// What the VMM's MP table and the guest kernel's CONFIG_NR_CPUS allow.
-const MAX_VCPUS: u64 = 32;
+pub const MAX_VCPUS: u64 = 32;
 /// Below it guest kernel, initrd and agent do not start.
 const MIN_MEMORY: u64 = 64 * MIB;
 /// The guest's page tables and the host's address space allow more, but nobody has tried it.
@@ -73,6 +73,9 @@ pub enum Error {
     /// a new limit is more than the VM has
     #[error("{field} is {value}, but the VM of this container has {has} and does not grow: create it anew")]
     TooSmall { field: &'static str, value: String, has: String },
+    /// an engine's sum
+    #[error("annotation {key} is {value:?}: the engine must write numbers there")]
+    Hint { key: String, value: String },
     /// the list of CPUs is not one
     #[error("linux.resources.cpu.cpus is {0:?}: write numbers and ranges, such as \"0-3,8\"")]
     Cpus(String),

@@ -14,10 +14,9 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxResources, LinuxThrottleDevice};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxResources, LinuxThrottleDevice, Spec};
 use stockade_agent_protocol::resources::weight_of_shares;
 
-use crate::bundle::Bundle;
 use crate::size::{CPU_PERIOD, VmSize};
 
 /// Where the file system is mounted, on every host.
@@ -62,12 +61,11 @@ pub enum Place {
     Own(PathBuf),
 }
 
-/// Finds the place for a bundle. `systemd` says that its path has systemd's form.
-pub fn place(bundle: &Bundle, id: &str, systemd: bool) -> Result<Place, Error> {
-    let linux = bundle.spec.linux().as_ref();
-    let named = linux.and_then(|linux| linux.cgroups_path().as_deref()).unwrap_or(Path::new(""));
-    let limits = bundle.limits();
-    let wanted = only_on_host(&limits);
+/// Finds the place for a sandbox with this configuration and these limits. `systemd` says that its path has systemd's
+/// form.
+pub fn place(spec: &Spec, limits: &LinuxResources, id: &str, systemd: bool) -> Result<Place, Error> {
+    let named = named(spec);
+    let wanted = only_on_host(limits);
     if named.as_os_str().is_empty() && wanted.is_none() {
         return Ok(Place::Callers);
     }
@@ -83,6 +81,17 @@ pub fn place(bundle: &Bundle, id: &str, systemd: bool) -> Result<Place, Error> {
     }
     tracing::warn!("the sandbox stays in its caller's cgroup: {why}");
     Ok(Place::Callers)
+}
+
+fn named(spec: &Spec) -> &Path {
+    let linux = spec.linux().as_ref();
+    linux.and_then(|linux| linux.cgroups_path().as_deref()).unwrap_or(Path::new(""))
+}
+
+/// Whether a configuration names a cgroup in systemd's form, for callers that do not say which it is.
+pub fn is_systemd_path(spec: &Spec) -> bool {
+    let named = named(spec).to_string_lossy();
+    !named.contains('/') && named.split(':').count() == 3
 }
 
 /// The first limit that only the host can set.
@@ -420,7 +429,10 @@ mod tests {
 
     #[test]
     fn only_who_needs_a_cgroup_of_the_host_gets_one() {
-        let place_of = |changes| place(&bundle(changes).1.unwrap(), "c1", false);
+        let place_of = |changes| {
+            let bundle = bundle(changes).1.unwrap();
+            place(&bundle.spec, &bundle.limits(), "c1", false)
+        };
         assert_eq!(place_of(json!({})).unwrap(), Place::Callers);
         let guests = json!({"memory": {"limit": 99 << 20}, "cpu": {"quota": 5000, "cpus": ""}, "blockIO": {"weight": 0}});
         assert_eq!(place_of(json!({"linux": {"resources": guests}})).unwrap(), Place::Callers);

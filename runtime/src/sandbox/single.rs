@@ -78,7 +78,7 @@ pub fn run(
     let adapted = guest::adapt(&bundle, &id)?;
     let os = |what| move |e: io::Error| Error::Os(what, e);
 
-    let cgroup = match cgroup::place(&bundle, &id, launch.systemd_cgroup)? {
+    let cgroup = match cgroup::place(&bundle.spec, &bundle.limits(), &id, launch.systemd_cgroup)? {
         Place::Callers => None,
         Place::Own(path) => Some(Membership::enter(path, &bundle.limits(), size)?),
     };

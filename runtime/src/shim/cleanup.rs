@@ -17,6 +17,7 @@ use super::task::ROOTFS;
 use super::{Error, os, rootfs, start};
 use crate::network;
 use crate::process::ProcessId;
+use crate::sandbox::cgroup;
 use crate::state::{self, StateDir};
 
 /// containerd gives all of this 5 s.
@@ -37,6 +38,9 @@ pub fn delete(flags: &Flags) -> Result<(), Error> {
                 pid = state.vmm.map_or(0, |vmm| vmm.pid as u32);
                 if let Some(record) = &state.network {
                     network::clean_up(record)?;
+                }
+                if let Some(cgroup) = &state.cgroup {
+                    cgroup::remove(cgroup)?;
                 }
             }
             dir.remove()?;

@@ -12,6 +12,7 @@ mod cleanup;
 mod error;
 mod events;
 mod flags;
+mod hints;
 mod pod;
 mod process;
 mod role;
@@ -32,6 +33,7 @@ use std::process::ExitCode;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 
+use crate::sandbox::cgroup;
 use crate::{bundle, network, sandbox, state};
 use flags::Action;
 
@@ -55,6 +57,8 @@ pub enum Error {
     State(#[from] state::Error),
     #[error(transparent)]
     Network(#[from] network::Error),
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
     #[error("cannot {0}: {1}")]
     Os(&'static str, #[source] io::Error),
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::shim_async::create_task;
 use nix::unistd::{ForkResult, fork, setsid};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 use tokio::time::timeout;
@@ -25,12 +25,13 @@ use super::pod::Pod;
 use super::role::Role;
 use super::service::{Call, TaskService};
 use super::socket::{Address, Bound};
-use super::{Error, os};
+use super::{Error, hints, os};
 use crate::bundle::{self, pod::Shared};
 use crate::config::Settings;
 use crate::guest_files::GuestFiles;
 use crate::network::Network;
 use crate::process::ProcessId;
+use crate::sandbox::cgroup::{self, Membership, Place};
 use crate::sandbox::reservation::Reservation;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{self, Sandbox, Share, stdio};
@@ -141,9 +142,9 @@ fn run(serve: Serve, listener: UnixListener) -> Result<(), Error> {
     let inside = runtime.enter();
     let booted = boot(&serve);
     drop(inside);
-    let (vm, reservation) = match booted {
-        Ok(Booted { sandbox, shared, state, reservation }) => {
-            (Ok((sandbox, shared, reservation.dir().clone(), state)), Some(reservation))
+    let (vm, held) = match booted {
+        Ok(Booted { sandbox, shared, state, reservation, cgroup }) => {
+            (Ok((sandbox, shared, reservation.dir().clone(), state)), Some((cgroup, reservation)))
         }
         // The first request is told; until then this is a shim like any other.
         Err(e) => (Err(e), None),
@@ -170,7 +171,7 @@ fn run(serve: Serve, listener: UnixListener) -> Result<(), Error> {
         pod.reap();
         Ok::<_, Error>(())
     })?;
-    drop(reservation);
+    drop(held);
     Ok(())
 }
 
@@ -178,8 +179,16 @@ fn run(serve: Serve, listener: UnixListener) -> Result<(), Error> {
 fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
     let settings = Settings::load()?;
     let files = GuestFiles::open(&settings)?;
-    let shared = (serve.role == Role::Pod).then(|| Shared::of(&serve.spec)).transpose()?;
+    let is_pod = serve.role == Role::Pod;
+    let shared = is_pod.then(|| Shared::of(&serve.spec)).transpose()?;
     let size = size(serve, &settings)?;
+    // The limits of a pod are its parent cgroup's, which is kubelet's to set.
+    let limits = if is_pod { LinuxResources::default() } else { bundle::limits(&serve.spec) };
+    let systemd = cgroup::is_systemd_path(&serve.spec);
+    let cgroup = match cgroup::place(&serve.spec, &limits, &serve.sandbox, systemd)? {
+        Place::Callers => None,
+        Place::Own(path) => Some(Membership::enter(path, &limits, size)?),
+    };
     let network = Network::enter(&serve.spec, false)?;
     let spawned = Sandbox::spawn(true, network, Timeline::begin(serve.process_start_ns))?;
     let vmm = spawned.vmm_process()?;
@@ -198,17 +207,17 @@ fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
         owner: nix::unistd::getuid().as_raw(),
         annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect(),
         error: None,
-        resources: bundle::limits(&serve.spec),
+        resources: limits,
         vm: size,
         poststop: Vec::new(),
-        cgroup: None,
+        cgroup: cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),
         network: None,
         scratch: None,
     };
     reservation.dir().save(&state)?;
     let share = Share::mount(reservation.dir().path().join(SHARE))?;
     let sandbox = spawned.boot(share, size, files, serve.flags.debug)?;
-    Ok(Booted { sandbox, shared, state, reservation })
+    Ok(Booted { sandbox, shared, state, reservation, cgroup })
 }
 
 /// A VM on its way, and what of it is on the host.
@@ -218,9 +227,13 @@ struct Booted {
     shared: Option<Shared>,
     state: State,
     reservation: Reservation,
+    cgroup: Option<Membership>,
 }
 
 fn size(serve: &Serve, settings: &Settings) -> Result<VmSize, sandbox::Error> {
+    if serve.role == Role::Pod {
+        return Ok(hints::size(serve.spec.annotations().as_ref(), settings)?);
+    }
     let resources = serve.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     Ok(VmSize::of(serve.spec.annotations().as_ref(), resources, settings)?)
 }
