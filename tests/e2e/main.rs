@@ -16,6 +16,7 @@ mod cgroup;
 mod check;
 mod commands;
 mod containerd;
+mod cri;
 mod docker;
 mod endurance;
 mod exec;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         check::CASES,
         containerd::CASES,
         commands::CASES,
+        cri::CASES,
         docker::CASES,
         endurance::CASES,
         exec::CASES,

@@ -15,8 +15,12 @@ use super::{HANG, Rootfs, Runtime, host_scratch};
 
 /// Where shims and containerd's own parts have their state, whatever its configuration says.
 const SHARED_STATE: &str = "/run/containerd";
+/// Where containerd has the cgroups of its default namespace.
+const CGROUP: &str = "/sys/fs/cgroup/default";
 /// The image's name.
 pub const IMAGE: &str = "docker.io/lab/busybox:latest";
+/// The same with another command, for the process that stands for a pod under runtimes that need one.
+pub const PAUSE_IMAGE: &str = "docker.io/lab/pause:latest";
 /// The runtime's type.
 pub const RUNTIME: &str = "io.containerd.stockade.v2";
 
@@ -31,6 +35,13 @@ pub struct Containerd {
 impl Containerd {
     /// Starts one and gives it the image.
     pub fn start() -> Self {
+        let this = Self::configured(|_| "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n".into());
+        this.import("default", &[(IMAGE, &["sh"])]);
+        this
+    }
+
+    /// Starts one with what `more` adds to its configuration, which is given the directory of all its files.
+    pub fn configured(more: impl FnOnce(&Path) -> String) -> Self {
         let dir = host_scratch();
         let at = dir.path();
         let bin = at.join("bin");
@@ -39,10 +50,10 @@ impl Containerd {
         symlink(stockade, bin.join("containerd-shim-stockade-v2")).unwrap();
         let path = |name: &str| at.join(name).display().to_string();
         let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
-             [grpc]\naddress = {:?}\n",
+            "version = 2\nroot = {:?}\nstate = {:?}\n{}[grpc]\naddress = {:?}\n",
             path("root"),
             path("state"),
+            more(at),
             path("socket"),
         );
         fs::write(at.join("config.toml"), config).unwrap();
@@ -51,8 +62,28 @@ impl Containerd {
         let daemon = spawn(at);
         let this = Containerd { dir, daemon, shared };
         this.wait_until_it_answers();
-        this.ctr(&["image", "import", &image(this.dir.path()).display().to_string()]).code(0);
         this
+    }
+
+    /// Gives one of its namespaces images of these names and commands.
+    pub fn import(&self, namespace: &str, all: &[(&str, &[&str])]) {
+        let archive = images(self.dir.path(), all).display().to_string();
+        self.ctr(&["--namespace", namespace, "image", "import", &archive]).code(0);
+    }
+
+    /// Where all its files are.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    /// What it has written so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
     /// Kills it and starts it again over the same state.
@@ -70,14 +101,13 @@ impl Containerd {
     fn wait_until_it_answers(&self) {
         let begin = Instant::now();
         while !self.command(&["version"]).output().expect("run ctr").status.success() {
-            let log = || fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-            assert!(begin.elapsed() < HANG, "containerd does not answer:\n{}", log());
+            assert!(begin.elapsed() < HANG, "containerd does not answer:\n{}", self.log());
         }
     }
 
-    /// What shims keep of tasks of containerd's default namespace.
-    pub fn state_of_shims(&self) -> Vec<String> {
-        let state = Path::new(SHARED_STATE).join("stockade/default");
+    /// What shims keep of tasks of one of its namespaces.
+    pub fn state_of_shims(&self, namespace: &str) -> Vec<String> {
+        let state = Path::new(SHARED_STATE).join("stockade").join(namespace);
         let entries = fs::read_dir(state).into_iter().flatten().flatten();
         entries.map(|entry| entry.path().display().to_string()).collect()
     }
@@ -85,7 +115,7 @@ impl Containerd {
     /// A call of ctr(8).
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.dir.path().join("socket")).args(words);
+        command.arg("--address").arg(self.socket()).args(words);
         command
     }
 
@@ -137,6 +167,8 @@ impl Drop for Containerd {
         for place in below.into_iter().rev() {
             let _ = nix::mount::umount2(place, nix::mount::MntFlags::MNT_DETACH);
         }
+        // As under runc, parents of cgroups stay.
+        let _ = fs::remove_dir(CGROUP);
         if !self.shared {
             let _ = fs::remove_dir_all(SHARED_STATE);
         }
@@ -157,8 +189,13 @@ fn spawn(at: &Path) -> Child {
         .expect("start containerd")
 }
 
-/// An archive as `docker save` writes it, of one layer.
+/// An archive of the image.
 pub fn image(at: &Path) -> PathBuf {
+    images(at, &[(IMAGE, &["sh"])])
+}
+
+/// An archive as `docker save` writes it, of images of one layer: their names and commands.
+fn images(at: &Path, all: &[(&str, &[&str])]) -> PathBuf {
     let make = at.join("image");
     fs::create_dir(&make).unwrap();
     let tar = |archive: &str, from: &Path, names: &[&str]| {
@@ -169,16 +206,21 @@ pub fn image(at: &Path) -> PathBuf {
     tar("layer.tar", &Rootfs::Busybox.path(), &["."]);
     let digest = Sha256::digest(fs::read(make.join("layer.tar")).unwrap());
     let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    let config = serde_json::json!({
-        "architecture": "amd64", "os": "linux", "config": { "Env": ["PATH=/bin"], "Cmd": ["sh"] },
-        "history": [{ "created_by": "the lab" }], "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
-    });
-    fs::write(make.join("config.json"), config.to_string()).unwrap();
-    let name = IMAGE.trim_start_matches("docker.io/");
-    let manifest = serde_json::json!([
-        { "Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"] }
-    ]);
-    fs::write(make.join("manifest.json"), manifest.to_string()).unwrap();
-    tar("image.tar", &make, &["manifest.json", "config.json", "layer.tar"]);
+    let mut manifest = Vec::new();
+    let mut files = vec!["manifest.json".to_owned(), "layer.tar".to_owned()];
+    for (number, (name, command)) in all.iter().enumerate() {
+        let file = format!("config-{number}.json");
+        let config = serde_json::json!({
+            "architecture": "amd64", "os": "linux", "config": { "Env": ["PATH=/bin"], "Cmd": command },
+            "history": [{ "created_by": "the lab" }],
+            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
+        });
+        fs::write(make.join(&file), config.to_string()).unwrap();
+        let name = name.trim_start_matches("docker.io/");
+        manifest.push(serde_json::json!({ "Config": file, "RepoTags": [name], "Layers": ["layer.tar"] }));
+        files.push(file);
+    }
+    fs::write(make.join("manifest.json"), serde_json::Value::from(manifest).to_string()).unwrap();
+    tar("image.tar", &make, &files.iter().map(String::as_str).collect::<Vec<_>>());
     make.join("image.tar")
 }

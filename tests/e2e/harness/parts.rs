@@ -36,6 +36,7 @@ const PARTS: &[&[&str]] = &[
     &["podman::"],
     &["docker::"],
     &["buildah::"],
+    &["cri::"],
     &["containerd::"],
     &["stdio::"],
     &["failure::"],
