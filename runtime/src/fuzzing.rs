@@ -46,7 +46,7 @@ pub fn talk_to_agent(bytes: &[u8]) -> Option<Vec<String>> {
                 agent.processes("c"),
                 agent.out_of_memory(|_| ()),
             );
-            let stats = stats.map(|stats| drop(crate::sandbox::stats::as_runc_has_it(&stats)));
+            let stats = stats.map(|stats| drop(crate::sandbox::stats::as_runc_has_it(&stats, &[])));
             Some(said([shake.map(drop), set_up, created, exit.map(drop), stats, list.map(drop), events]))
         };
         let shown = runtime.block_on(async { tokio::time::timeout(HANG, talk).await.ok().flatten() });

@@ -9,8 +9,8 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Bundle, Case, Cni, Container, HANG, Netns, Program, Runtime, Stdin, case, host_scratch, tool, unique,
-    wait_gone,
+    Bundle, Case, Cni, Container, HANG, Id, Netns, Program, Runtime, Stdin, SystemCall, case, host_scratch,
+    kill_before, sized, tool, unique, wait_gone,
 };
 
 const VM: &str = "what is wired to a VM";
@@ -26,6 +26,7 @@ pub const CASES: &[Case] = &[
     case!(interface_that_comes_between_create_and_start_is_there),
     case!(prestart_hook_fills_a_fresh_namespace_by_pid),
     case!(carrier_inside_follows_the_one_outside).stockade_only(VM),
+    case!(traffic_counters_move_in_stats).stockade_only("runc counts only interfaces that it made itself"),
     case!(bulk_arrives_complete_both_ways),
     case!(reader_that_stalls_stalls_nothing_else),
     case!(frames_of_garbage_hurt_nobody),
@@ -33,6 +34,7 @@ pub const CASES: &[Case] = &[
     case!(hosts_own_namespace_is_refused).stockade_only(VM),
     case!(interfaces_that_cannot_be_wired_are_named).stockade_only(VM),
     case!(namespace_that_is_gone_first_does_not_keep_a_container),
+    case!(a_kill_between_any_two_steps_of_wiring_leaves_nothing_after_delete).stockade_only(VM).exclusive(),
     case!(kills_at_any_moment_leave_nothing_after_delete).stockade_only(VM).exclusive(),
     case!(thirty_containers_leave_nothing_in_the_namespace).exclusive(),
 ];
@@ -347,29 +349,82 @@ fn carrier_inside_follows_the_one_outside() {
     container.exec(&format!("ping -q -c 2 {}", netns.host())).code(0);
 }
 
-/// Bytes for each direction. A pattern that repeats after a prime number of bytes shows what is lost, doubled or out
-/// of place.
-const BULK: u64 = 96 << 20;
+/// Bytes and packets in and out, as `events --stats` has them.
+fn traffic(container: &Container) -> [u64; 4] {
+    let event = json_of(&container.op_with(&["events", "--stats"], &[]).ok());
+    let interface = &event["data"]["network_interfaces"][0];
+    assert_eq!(interface["Name"], "eth0", "{event}");
+    ["RxBytes", "RxPackets", "TxBytes", "TxPackets"].map(|name| interface[name].as_u64().expect("a number"))
+}
+
+fn traffic_counters_move_in_stats() {
+    let netns = Netns::with_veth();
+    let container = idle_in(&netns);
+    let before = traffic(&container);
+    container.exec(&format!("ping -q -c 3 -s 1000 {}", netns.host())).code(0);
+    let after = traffic(&container);
+    for (index, least) in [3000, 3, 3000, 3].into_iter().enumerate() {
+        assert!(after[index] >= before[index] + least, "{before:?} {after:?}");
+    }
+}
+
+/// A MiB in which no word comes twice, so that it shows what is lost, doubled or out of place.
+const BLOCK: &str = r#"use IO::Socket::INET; $| = 1; my $block = join "", map { pack "N", $_ * 2654435761 % 4294967296 } 0 .. 262143;"#;
+/// Takes one connection to ADDRESS:PORT and COUNT blocks, and tells after each 64.
+const RECEIVE: &str = r#"
+    my ($to, $count) = @ARGV;
+    my $listener = IO::Socket::INET->new(Listen => 1, LocalAddr => $to, ReuseAddr => 1) or die "listen: $!";
+    print "listening\n"; my $peer = $listener->accept;
+    for my $n (1 .. $count) {
+        my $got = "";
+        while (length $got < length $block) {
+            sysread $peer, $got, length($block) - length $got, length $got or die "ended in block $n: $!";
+        }
+        $got eq $block or die "block $n differs"; $n % 64 or print "had $n\n";
+    }
+    print sysread($peer, my $more, 1) ? "more\n" : "all\n";
+"#;
+/// Sends COUNT blocks to ADDRESS:PORT.
+const SEND: &str = r#"
+    my ($to, $count) = @ARGV;
+    my $peer = IO::Socket::INET->new($to) or die "connect: $!";
+    for (1 .. $count) {
+        for (my $sent = 0; $sent < length $block;) {
+            $sent += syswrite $peer, $block, length($block) - $sent, $sent or die "send: $!";
+        }
+    }
+"#;
 
 fn bulk_arrives_complete_both_ways() {
     let netns = Netns::with_veth();
     let container = idle_in(&netns);
-    let source =
-        format!("yes 'a line whose length is prime to all that frames are made of 1234567' | head -c {BULK}");
-    let compare = format!("bash -c \"cmp - <({source}) && echo same\"");
-    let n = netns.number;
-    // In: the container listens.
-    let script = format!("socat -u TCP-LISTEN:6001,reuseaddr - | {compare}");
-    let sink = container.start_exec(&[], &["sh", "-c", &script], Stdin::Null);
-    tool(&format!("{source} | socat -u - TCP:10.66.{n}.2:6001,retry=200,interval=0.1"));
-    sink.expect_line("same");
-    // Out: the host does.
-    let mut listener = std::process::Command::new("sh");
-    listener.args(["-c", &format!("socat -u TCP-LISTEN:6002,bind=10.66.{n}.1,reuseaddr - | {compare}")]);
-    let sink = Program::spawn(listener, Stdin::Null);
-    let send = format!("{source} | socat -u - TCP:10.66.{n}.1:6002,retry=200,interval=0.1");
-    container.exec(&send).ok();
-    sink.expect_line("same");
+    // MiB each way.
+    let count = sized(192, 10 << 10);
+    let words = |script: &str, to: &str| {
+        ["perl".into(), "-e".into(), format!("{BLOCK} {script}"), to.to_owned(), count.to_string()]
+    };
+    let inside = |script: &str, to: &str| {
+        let words = words(script, to);
+        container.start_exec(&[], &words.each_ref().map(String::as_str), Stdin::Null)
+    };
+    let outside = |script: &str, to: &str| {
+        let words = words(script, to);
+        let mut command = std::process::Command::new(&words[0]);
+        command.args(&words[1..]);
+        Program::spawn(command, Stdin::Null)
+    };
+    let arrives = |receiver: &Program, send: &dyn Fn() -> Program| {
+        receiver.expect_line("listening");
+        let mut sender = send();
+        for n in 1..=count / 64 {
+            receiver.expect_line(&format!("had {}", n * 64));
+        }
+        receiver.expect_line("all");
+        sender.finish().code(0);
+    };
+    let (host, guest) = (format!("{}:6002", netns.host()), format!("{}:6001", netns.guest()));
+    arrives(&inside(RECEIVE, &guest), &|| outside(SEND, &guest));
+    arrives(&outside(RECEIVE, &host), &|| inside(SEND, &host));
 }
 
 fn reader_that_stalls_stalls_nothing_else() {
@@ -407,7 +462,7 @@ fn frames_of_garbage_hurt_nobody() {
         socket(my $s, 17, 3, 0x0300) or die "socket: $!";
         my $index = do { open(my $f, "<", "/sys/class/net/eth0/ifindex") or die; 0 + <$f> };
         my $to = pack("S n i S C C a8", 17, 3, $index, 0, 0, 6, "\xff" x 6);
-        srand(1); my $sent = 0;
+        srand(1); my ($sent, $lied) = (0, 0);
         for my $i (1 .. 2000) {
             my $frame = join "", map { chr int rand 256 } 1 .. int rand 200;
             $frame = "\xff" x 6 . "\x02" x 6 . (("\x08\x00", "\x86\xdd", "\x81\x00", "\x88\xa8")[$i % 4]) . $frame;
@@ -415,9 +470,18 @@ fn frames_of_garbage_hurt_nobody() {
             $sent++ if send($s, $frame, 0, $to);
         }
         print "sent ", $sent > 1000 ? "most" : $sent, "\n";
+        # The same with headers that lie of what is in the frame: checksums, segments, lengths (PACKET_VNET_HDR).
+        setsockopt($s, 263, 15, pack("i", 1)) or die "setsockopt: $!";
+        for my $i (1 .. 2000) {
+            my $header = pack "CCSSSS", (0, 1, 2, 3)[$i % 4], (0, 1, 3, 4, 5, 0x81, 0x84)[$i % 7], map { int rand(
+                $i % 3 ? 200 : 65536) } 1 .. 4;
+            my $frame = "\xff" x 6 . "\x02" x 6 . "\x08\x00\x45\x00" . join "", map { chr int rand 256 } 1 .. int rand 1400;
+            $lied++ if send($s, $header . $frame, 0, $to);
+        }
+        print "lied ", $lied > 100 ? "often" : $lied, "\n";
     "#;
     let perl = container.start_exec(&[], &["perl", "-e", script], Stdin::Null).finish();
-    assert_eq!(perl.ok(), "sent most\n");
+    assert_eq!(perl.ok(), "sent most\nlied often\n");
     container.exec(&format!("ping -q -c 2 {}", netns.host())).code(0);
     tool(&format!("ping -q -c 2 {}", netns.guest()));
 }
@@ -472,6 +536,38 @@ fn namespace_that_is_gone_first_does_not_keep_a_container() {
     container.delete();
 }
 
+/// A step that changes the namespace: a tap is made, or something is asked of rtnetlink that is no question.
+fn wires(call: &SystemCall) -> bool {
+    // TUNSETIFF (linux/if_tun.h)
+    let makes_tap = call.number == libc::SYS_ioctl && call.arguments[1] as u32 == 0x4004_54ca;
+    if call.number != libc::SYS_sendto {
+        return makes_tap;
+    }
+    // RTM_NEWLINK, SETLINK, NEWQDISC, DELQDISC, NEWTFILTER (linux/rtnetlink.h), after the length in a netlink header
+    let header = call.memory(call.arguments[1], 6);
+    [16, 19, 36, 37, 44].contains(&u16::from_ne_bytes([header[4], header[5]]))
+}
+
+fn a_kill_between_any_two_steps_of_wiring_leaves_nothing_after_delete() {
+    let netns = Netns::with_veth();
+    let before = netns.traces();
+    let mut steps = 0;
+    loop {
+        let (runtime, id) = (Runtime::under_test(), Id::new());
+        let bundle = Bundle::sh("true").network(&netns);
+        let killed = kill_before(runtime.run_command(&bundle, &id), steps, wires);
+        if !killed {
+            break;
+        }
+        runtime.call(&["delete", "--force", id.as_str()]).code(0);
+        assert_eq!(netns.traces(), before, "killed before step {steps}");
+        steps += 1;
+    }
+    assert_eq!(netns.traces(), before, "not killed");
+    // A tap, its MTU and that it is up, a qdisc and a filter at each end, and one of them taken back.
+    assert!(steps >= 8, "only {steps} steps were seen");
+}
+
 fn kills_at_any_moment_leave_nothing_after_delete() {
     let netns = Netns::with_veth();
     let before = netns.traces();
@@ -484,10 +580,10 @@ fn kills_at_any_moment_leave_nothing_after_delete() {
     container.delete();
     assert_eq!(netns.traces(), before);
     // And of one that is being made: the moments are spread over what a creation takes.
-    for moment in 0..12u64 {
+    for moment in 0..6u64 {
         let bundle = Bundle::idle().network(&netns);
         let mut container = Runtime::under_test().start(&bundle, Stdin::Null);
-        let limit = std::time::Duration::from_millis(150 * moment);
+        let limit = std::time::Duration::from_millis(300 * moment);
         if !container.program.ended_within(limit) {
             kill(Pid::from_raw(container.program.pid()), Signal::SIGKILL).unwrap();
         }
@@ -503,7 +599,7 @@ fn kills_at_any_moment_leave_nothing_after_delete() {
 fn thirty_containers_leave_nothing_in_the_namespace() {
     let netns = Netns::with_veth();
     let before = netns.traces();
-    for _ in 0..30 {
+    for _ in 0..sized(30, 200) {
         let container = Runtime::under_test().create(&Bundle::idle().network(&netns));
         container.op_with(&["delete", "--force"], &[]).ok();
         assert_eq!(netns.traces(), before);

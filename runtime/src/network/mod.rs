@@ -13,6 +13,7 @@ mod monitor;
 mod namespace;
 mod scan;
 mod tap;
+mod traffic;
 mod wire;
 
 use std::cell::{Cell, RefCell};
@@ -28,6 +29,7 @@ use stockade_vmm::control::Interface;
 
 use monitor::Monitor;
 use namespace::Namespace;
+pub use traffic::Traffic;
 
 /// Network slots of a VM.
 const SLOTS: usize = 4;
@@ -211,6 +213,17 @@ impl Network {
     pub fn device(&self, slot: u8) -> Option<Interface> {
         let slots = self.slots.borrow();
         slots.get(usize::from(slot)).map(|slot| Interface { up: slot.carrier.get(), ..slot.device })
+    }
+
+    /// What has gone over the interfaces that are wired.
+    pub fn traffic(&self) -> Result<Vec<Traffic>, Error> {
+        let slots = self.slots.borrow();
+        if slots.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut kernel = Connection::open().map_err(kernel("open a netlink socket"))?;
+        let counted = traffic::read(&mut kernel, slots.iter().map(|slot| &slot.wired));
+        counted.map_err(self::kernel("count the traffic"))
     }
 
     /// Waits until an interface loses or gets its carrier; says in which slot, and whether it has one now.

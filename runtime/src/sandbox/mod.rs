@@ -49,7 +49,7 @@ use crate::bundle::pod::Shared;
 use crate::bundle::{self, Bundle, hooks};
 use crate::config;
 use crate::guest_files::{self, GuestFiles};
-use crate::network::{self, Network};
+use crate::network::{self, Network, Traffic};
 use crate::process::ProcessId;
 use crate::size::{self, VmSize};
 use crate::state;
@@ -361,6 +361,11 @@ impl Sandbox {
         };
         let set = self.agent.set_pod(&request).await;
         set.map_err(|source| Error::Agent { what: "set up the pod", source })
+    }
+
+    /// What has gone over the interfaces of the sandbox so far.
+    pub fn traffic(&self) -> Result<Vec<Traffic>, Error> {
+        Ok(self.network.traffic()?)
     }
 
     /// Takes back what was wired; false if that is left to [`network::clean_up`].

@@ -1,10 +1,12 @@
 //! What a container uses, in the shape of runc's `events`, which its callers parse.
 //!
-//! The numbers are those of the container's cgroup in the guest: a claim of the guest's about itself. Times are
-//! nanoseconds, sizes bytes; no limit is the largest number, as runc has it.
+//! The numbers are those of the container's cgroup in the guest: a claim of the guest's about itself. Only traffic is
+//! the host's count. Times are nanoseconds, sizes bytes; no limit is the largest number, as runc has it.
 
 use serde_json::{Map, Value, json};
 use stockade_agent_protocol::messages::StatsResponse;
+
+use crate::network::Traffic;
 
 /// The kernel has some sixty counters in memory.stat; a guest that claims more is cut short.
 const COUNTERS_MAX: usize = 256;
@@ -12,7 +14,7 @@ const COUNTERS_MAX: usize = 256;
 const NAME_MAX: usize = 64;
 
 /// The `data` of an event of type `stats`.
-pub fn as_runc_has_it(stats: &StatsResponse) -> Value {
+pub fn as_runc_has_it(stats: &StatsResponse, traffic: &[Traffic]) -> Value {
     let (cpu, memory, pids) = (&stats.cpu, &stats.memory, &stats.pids);
     let ns = |us: u64| us.saturating_mul(1000);
     let limit = |limit: u64| if limit == 0 { u64::MAX } else { limit };
@@ -50,7 +52,7 @@ pub fn as_runc_has_it(stats: &StatsResponse) -> Value {
         "blkio": {},
         "hugetlb": {},
         "intel_rdt": {},
-        "network_interfaces": null,
+        "network_interfaces": if traffic.is_empty() { Value::Null } else { json!(traffic) },
         // Not in runc's: what `events` tells an event of type `oom` by.
         "oomKills": memory.oom_kill,
     })
@@ -70,7 +72,7 @@ mod tests {
         memory.stat.insert("x".repeat(NAME_MAX + 1), 3);
         let stats =
             StatsResponse { cpu: Some(cpu).into(), memory: Some(memory).into(), ..Default::default() };
-        let shown = as_runc_has_it(&stats);
+        let shown = as_runc_has_it(&stats, &[]);
         assert_eq!(shown["cpu"]["usage"]["total"], 5000);
         assert_eq!(shown["cpu"]["throttling"]["throttledTime"], u64::MAX);
         assert_eq!(shown["memory"]["usage"]["limit"], u64::MAX);

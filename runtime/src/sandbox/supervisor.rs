@@ -341,7 +341,8 @@ impl Supervisor {
 
     async fn stats(&self) -> Result<OwnedFd, String> {
         let stats = self.sandbox.agent.stats(&self.id()).await.map_err(|e| e.to_string())?;
-        let bytes = super::stats::as_runc_has_it(&stats).to_string();
+        let traffic = self.sandbox.traffic().map_err(|e| e.to_string())?;
+        let bytes = super::stats::as_runc_has_it(&stats, &traffic).to_string();
         control::attachment(bytes.as_bytes()).map_err(|e| e.to_string())
     }
 

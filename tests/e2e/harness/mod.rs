@@ -19,6 +19,7 @@ mod parts;
 mod podman;
 mod program;
 mod runtime;
+mod steps;
 mod stream;
 mod terminal;
 
@@ -36,6 +37,7 @@ pub use parts::run_in_labs;
 pub use podman::{IMAGE as PODMAN_IMAGE, Podman};
 pub use program::{Ended, Exit, Program, Stdin, wait_gone};
 pub use runtime::{Container, Id, Runtime, vmm_of};
+pub use steps::{SystemCall, kill_before};
 pub use terminal::{ConsoleSocket, Pty};
 
 use std::time::Duration;
@@ -43,6 +45,11 @@ use std::time::Duration;
 /// How long anything may take before it counts as hung. One VM start takes two seconds in the lab and eight at
 /// once some twenty; a machine that is busy with other things makes that several times more.
 pub const HANG: Duration = Duration::from_secs(240);
+
+/// The size of a case that takes too long to be whole in every run; `STOCKADE_E2E_FULL=1` asks for that.
+pub fn sized<T>(usual: T, full: T) -> T {
+    if std::env::var_os("STOCKADE_E2E_FULL").is_some() { full } else { usual }
+}
 
 /// Registers a case under `file::function`.
 macro_rules! case {
