@@ -17,6 +17,7 @@ mod descriptor;
 mod error;
 mod events;
 mod executor;
+mod forward;
 mod helper;
 mod hooks;
 mod log;
@@ -81,7 +82,7 @@ fn run(started_ns: u64) -> Result<(), Error> {
         let reaper = reaper::Reaper::start()?;
         let containers = container::Containers::new(reaper);
         tokio::spawn(stdio::serve(stdio, containers.rendezvous.clone()));
-        let agent = Arc::new(service::Service::new(containers, started_ns, listening_ns));
+        let agent = Arc::new(service::Service::new(containers, options.loopback, started_ns, listening_ns));
         let mut server = ttrpc::r#async::Server::new()
             .add_listener(ttrpc::r#async::transport::Listener::new(rpc))
             .register_service(create_agent(agent));

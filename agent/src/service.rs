@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use stockade_agent_protocol::PROTOCOL_VERSION;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty, Event,
     ExecRequest, ExecResponse, HandshakeRequest, HandshakeResponse, PidsResponse, ProcessRequest,
@@ -17,11 +16,13 @@ use stockade_agent_protocol::messages::{
     ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
 };
 use stockade_agent_protocol::service::Agent;
+use stockade_agent_protocol::{FORWARD_PORT, PROTOCOL_VERSION};
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::container::Containers;
 use crate::error::Error;
-use crate::{boot, console, network, pod, processes, sandbox};
+use crate::vsock::Listener;
+use crate::{boot, console, forward, network, pod, processes, sandbox};
 
 /// Highest signal number, SIGRTMAX.
 const SIGNAL_MAX: u32 = 64;
@@ -33,17 +34,20 @@ pub struct Service {
     containers: Arc<Containers>,
     greeted: AtomicBool,
     set_up: AtomicBool,
+    /// Whether callers inside the guest are served.
+    loopback: bool,
     started_ns: u64,
     listening_ns: u64,
 }
 
 impl Service {
     /// A service that has not been greeted.
-    pub fn new(containers: Arc<Containers>, started_ns: u64, listening_ns: u64) -> Self {
+    pub fn new(containers: Arc<Containers>, loopback: bool, started_ns: u64, listening_ns: u64) -> Self {
         Self {
             containers,
             greeted: AtomicBool::new(false),
             set_up: AtomicBool::new(false),
+            loopback,
             started_ns,
             listening_ns,
         }
@@ -122,6 +126,7 @@ impl Agent for Service {
     async fn set_pod(&self, _: &TtrpcContext, request: SetPodRequest) -> ttrpc::Result<Empty> {
         self.containers()?;
         pod::set(&request)?;
+        tokio::spawn(forward::serve(Listener::bind(FORWARD_PORT, self.loopback)?));
         Ok(Empty::default())
     }
 

@@ -39,3 +39,10 @@ pub const SHARE_MOUNT_POINT: &str = "/run/stockade/share";
 pub const POD_PID_NAMESPACE: &str = "/run/stockade/pod/pid";
 /// Shared memory of a pod's containers.
 pub const POD_SHM: &str = "/run/stockade/pod/shm";
+/// Guest port of connections that the host forwards to a TCP port of the pod. The host writes the port's number and a
+/// line feed first; the agent answers [`DIALLED`], or closes the connection if nobody listens there.
+pub const FORWARD_PORT: u32 = 1026;
+/// Longest header of such a connection, line feed included.
+pub const FORWARD_HEADER_MAX: usize = "65535".len() + 1;
+/// From here on, all that either side sends is the connection's.
+pub const DIALLED: u8 = b'+';

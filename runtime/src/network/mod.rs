@@ -9,6 +9,7 @@
 //! What was wired is taken back by whoever ends the sandbox. Taps end with the processes that hold them; what else
 //! there is was written into the state before it was made, so that [`clean_up`] finds it when those were killed.
 
+pub mod loopback;
 mod monitor;
 mod namespace;
 mod scan;

@@ -40,7 +40,7 @@ use std::time::Duration;
 
 use oci_spec::runtime::{Hook, Spec};
 use stockade_agent_protocol::messages::{SetNetworkRequest, SetPodRequest};
-use stockade_agent_protocol::{RPC_PORT, STDIO_PORT};
+use stockade_agent_protocol::{FORWARD_PORT, RPC_PORT, STDIO_PORT};
 use stockade_vmm::control::{Boot, StopReason};
 use tokio::time::timeout;
 
@@ -272,6 +272,14 @@ impl Sandbox {
             Ok(Some(stream))
         };
         Ok([connect(0)?, connect(1)?, connect(2)?])
+    }
+
+    /// A stream to a TCP port of the guest's loopback interface, once the agent has answered `DIALLED` on it.
+    pub fn connect_port(&self, port: u16) -> Result<OwnedFd, Error> {
+        let stream = self.vmm.connect(FORWARD_PORT)?;
+        let header = format!("{port}\n");
+        nix::unistd::write(&stream, header.as_bytes()).map_err(|e| vmm::Error::Stream(e.into()))?;
+        Ok(stream)
     }
 
     /// Greets the agent and prepares the guest for containers. The requests are in the stream when this has been

@@ -12,6 +12,7 @@ mod cleanup;
 mod error;
 mod events;
 mod flags;
+mod forward;
 mod hints;
 mod pod;
 mod process;

@@ -19,6 +19,7 @@ use tokio::time::timeout;
 
 use super::error::Error;
 use super::events::{Publisher, timestamp};
+use super::forward;
 use super::process::{Exited, Process, Stage};
 use super::role::Role;
 use super::task::Container;
@@ -146,7 +147,12 @@ impl Pod {
         let up = async {
             if let Err(e) = self.set_up(vm).await {
                 self.lost(&e).await;
-            } else if let Err(e) = vm.agent.out_of_memory(|id| self.out_of_memory(id)).await {
+                std::future::pending::<()>().await;
+            }
+            if self.shared.is_some() {
+                tokio::task::spawn_local(forward::serve(self.clone()));
+            }
+            if let Err(e) = vm.agent.out_of_memory(|id| self.out_of_memory(id)).await {
                 tracing::debug!("events of the guest end: {e}");
             }
             std::future::pending::<()>().await;

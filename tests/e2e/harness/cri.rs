@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use protobuf::{Message, MessageField};
 use stockade_tests::cri::messages as cri;
+use stockade_tests::cri::stream::Stream;
 use stockade_tests::cri::{Client, Failure};
 
 use super::containerd::{IMAGE, PAUSE_IMAGE, RUNTIME};
@@ -319,6 +320,7 @@ impl Pod<'_> {
         let request = cri::ExecSyncRequest {
             container_id: id.into(),
             cmd: ["sh", "-c", script].map(String::from).into(),
+            timeout: HANG.as_secs() as i64 / 2,
             ..Default::default()
         };
         let answer: cri::ExecSyncResponse = self.pods.ask("ExecSync", &request);
@@ -357,6 +359,51 @@ impl Pod<'_> {
     #[track_caller]
     pub fn remove(&self) {
         let _: cri::Empty = self.pods.ask("RemovePodSandbox", &self.named());
+    }
+
+    /// Follows a shell script that runs beside a container's workload.
+    #[track_caller]
+    pub fn exec_stream(&self, id: &str, script: &str, tty: bool) -> Stream {
+        let request = cri::ExecRequest {
+            container_id: id.into(),
+            cmd: ["sh", "-c", script].map(String::from).into(),
+            tty,
+            stdin: true,
+            stdout: true,
+            stderr: !tty,
+            ..Default::default()
+        };
+        self.stream("Exec", &request)
+    }
+
+    /// Joins a container's own streams.
+    #[track_caller]
+    pub fn attach(&self, id: &str) -> Stream {
+        let request = cri::AttachRequest {
+            container_id: id.into(),
+            stdin: true,
+            stdout: true,
+            stderr: true,
+            ..Default::default()
+        };
+        self.stream("Attach", &request)
+    }
+
+    /// Forwards a port of the pod.
+    #[track_caller]
+    pub fn forward(&self, port: u16) -> Stream {
+        let request = cri::PortForwardRequest {
+            pod_sandbox_id: self.id.clone(),
+            port: vec![port.into()],
+            ..Default::default()
+        };
+        self.stream("PortForward", &request)
+    }
+
+    #[track_caller]
+    fn stream(&self, method: &str, request: &impl Message) -> Stream {
+        let url = self.pods.ask::<cri::StreamingUrl>(method, request).url;
+        Stream::connect(&url, HANG / 8).unwrap_or_else(|e| panic!("{method}: {e}"))
     }
 
     /// Where a container's log is.
