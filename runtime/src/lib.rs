@@ -14,6 +14,7 @@ mod config;
 pub mod fuzzing;
 mod guest_files;
 mod image;
+mod install;
 mod log;
 mod network;
 mod printable;

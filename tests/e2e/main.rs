@@ -23,6 +23,7 @@ mod exec;
 mod failure;
 mod fields;
 mod image;
+mod install;
 mod isolation;
 mod lifecycle;
 mod limits;
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         failure::CASES,
         fields::CASES,
         image::CASES,
+        install::CASES,
         isolation::CASES,
         lifecycle::CASES,
         limits::CASES,

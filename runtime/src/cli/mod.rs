@@ -11,6 +11,7 @@ mod events;
 mod exec;
 mod features;
 mod image;
+mod install;
 mod kill;
 mod list;
 mod pause;
@@ -32,7 +33,10 @@ use crate::printable::error_line;
 use crate::sandbox::control::{Conversation, Reply, Request};
 use crate::sandbox::pidfd;
 use crate::state::{DEFAULT_ROOT, State, StateDir};
-use crate::{bundle, config, guest_files, image as images, log, network, sandbox, state as container};
+use crate::{
+    bundle, config, guest_files, image as images, install as installation, log, network, sandbox,
+    state as container,
+};
 
 /// As runc says it: the program's own version, then that of the runtime specification.
 const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.3.0");
@@ -101,6 +105,8 @@ enum Command {
     Features(liboci_cli::Features),
     Check(check::Check),
     Image(image::Image),
+    Install(install::Install),
+    Uninstall(install::Uninstall),
 }
 
 /// What commands can fail with.
@@ -118,6 +124,8 @@ pub enum Error {
     Config(#[from] config::Error),
     #[error(transparent)]
     GuestFiles(#[from] guest_files::Error),
+    #[error(transparent)]
+    Install(#[from] installation::Error),
     #[error(transparent)]
     Network(#[from] network::Error),
     #[error("cannot {0}: {1}")]
@@ -194,6 +202,8 @@ fn dispatch(global: Global, command: Command, process_start_ns: u64) -> Outcome 
         Command::Features(_) => features::features(),
         Command::Check(_) => check::check(),
         Command::Image(args) => image::image(args),
+        Command::Install(args) => install::install(args),
+        Command::Uninstall(args) => install::uninstall(args),
     }
 }
 

@@ -43,7 +43,7 @@ const NAME: &str = "containerd-shim-stockade-v2";
 /// The type.
 const RUNTIME: &str = "io.containerd.stockade.v2";
 /// State of sandboxes lies below it, in a directory for each namespace: `stockade --root DIR list` shows them.
-const STATE: &str = "/run/containerd/stockade";
+pub const STATE: &str = "/run/containerd/stockade";
 
 /// What a call can fail with.
 #[derive(Debug, thiserror::Error)]
