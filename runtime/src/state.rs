@@ -26,6 +26,10 @@ use crate::size::VmSize;
 
 /// Where state lies unless `--root` says otherwise.
 pub const DEFAULT_ROOT: &str = "/run/stockade";
+/// How the sandbox came up, once a container of it has run.
+pub const TIMELINE: &str = "timeline.json";
+/// What the guest has said on its console, if anything: the last of it, and what came before.
+pub const CONSOLE: [&str; 2] = ["console", "console.1"];
 /// Name of the control socket in a container's directory.
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// Name of the share's mount point there.
@@ -292,7 +296,7 @@ impl StateDir {
             Err(nix::errno::Errno::ENOENT) => Ok(()),
             other => other,
         };
-        for name in [NEW_FILE, CONTROL_SOCKET] {
+        for name in [NEW_FILE, CONTROL_SOCKET, TIMELINE].into_iter().chain(CONSOLE) {
             gone(unlinkat(&self.dir, name, UnlinkatFlags::NoRemoveDir)).map_err(failed)?;
         }
         gone(unlinkat(&self.dir, SHARE, UnlinkatFlags::RemoveDir)).map_err(failed)?;

@@ -29,6 +29,7 @@ mod lifecycle;
 mod limits;
 mod mounts;
 mod network;
+mod operations;
 mod podman;
 mod process;
 mod stdio;
@@ -80,6 +81,7 @@ fn main() -> ExitCode {
         limits::CASES,
         mounts::CASES,
         network::CASES,
+        operations::CASES,
         podman::CASES,
         process::CASES,
         stdio::CASES,

@@ -14,12 +14,15 @@ mod image;
 mod install;
 mod kill;
 mod list;
+mod logs;
 mod pause;
 mod ps;
 mod run;
+mod sandboxes;
 pub mod spec;
 mod start;
 mod state;
+mod trace;
 mod update;
 
 use std::io::{self, Write};
@@ -105,6 +108,9 @@ enum Command {
     Features(liboci_cli::Features),
     Check(check::Check),
     Image(image::Image),
+    Sandboxes(sandboxes::Sandboxes),
+    Logs(logs::Logs),
+    Trace(trace::Trace),
     Install(install::Install),
     Uninstall(install::Uninstall),
 }
@@ -202,6 +208,9 @@ fn dispatch(global: Global, command: Command, process_start_ns: u64) -> Outcome 
         Command::Features(_) => features::features(),
         Command::Check(_) => check::check(),
         Command::Image(args) => image::image(args),
+        Command::Sandboxes(args) => sandboxes::sandboxes(global, args),
+        Command::Logs(args) => logs::logs(global, args),
+        Command::Trace(args) => trace::trace(global, args),
         Command::Install(args) => install::install(args),
         Command::Uninstall(args) => install::uninstall(args),
     }

@@ -1,14 +1,16 @@
 //! What the guest's kernel says on its console.
 //!
 //! It says nothing unless it is in trouble. The last [`KEEP`] bytes are kept, so that a VM that stops unexpectedly
-//! can be explained. The pipe's write end is also the VMM's stderr: what that process says before it dies is as
+//! can be explained, and some more in the sandbox's state directory, for `stockade logs`. The pipe's write end is also the VMM's stderr: what that process says before it dies is as
 //! interesting. All of it comes from the guest and is made printable before it is shown.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Read};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
@@ -16,6 +18,7 @@ use tokio::io::Interest;
 
 use super::poll::register;
 use crate::printable::printable;
+use crate::state::CONSOLE;
 
 /// How much is kept, in bytes: a kernel's panic with its registers and call trace is 4 to 6 KiB.
 const KEEP: usize = 16 * 1024;
@@ -26,6 +29,9 @@ const TURN: usize = 64 * 1024;
 /// Most that is logged of one VM's console, in bytes: a thousand times what a healthy guest says. The log is a file of
 /// the host's.
 const LOGGED_MAX: usize = 1 << 20;
+
+/// A file of the state directory is full then, and takes the place of the one before.
+const FILE_MAX: usize = 64 * 1024;
 
 /// What a read leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,13 +51,35 @@ pub struct Console {
     tail: RefCell<VecDeque<u8>>,
     /// Bytes that went to the log.
     logged: Cell<usize>,
+    file: RefCell<Option<Kept>>,
+}
+
+/// The files of a state directory.
+#[derive(Debug)]
+struct Kept {
+    dir: PathBuf,
+    /// Made with the first byte, and how many it has.
+    open: Option<(File, usize)>,
 }
 
 impl Console {
     /// A console and the end that VMM and guest write to.
     pub fn new() -> io::Result<(Self, OwnedFd)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        Ok((Console { pipe: read.into(), tail: RefCell::default(), logged: Cell::new(0) }, write))
+        Ok((
+            Console {
+                pipe: read.into(),
+                tail: RefCell::default(),
+                logged: Cell::new(0),
+                file: RefCell::default(),
+            },
+            write,
+        ))
+    }
+
+    /// Has what is read from now on in files of this directory too.
+    pub fn keep_in(&self, dir: &Path) {
+        self.file.replace(Some(Kept { dir: dir.to_owned(), open: None }));
     }
 
     /// Reads what is there now, as far as a turn goes.
@@ -105,6 +133,12 @@ impl Console {
         tail.extend(bytes);
         let surplus = tail.len().saturating_sub(KEEP);
         tail.drain(..surplus);
+        drop(tail);
+        let mut file = self.file.borrow_mut();
+        if let Some(Err(e)) = file.as_mut().map(|kept| kept.append(bytes)) {
+            tracing::warn!("the guest's console is not kept any more: {e}");
+            file.take();
+        }
     }
 
     /// The last lines, printable, none of them empty.
@@ -120,6 +154,39 @@ impl Console {
         let message = lines.iter().find_map(|line| line.split_once("Kernel panic - ")).map(|(_, m)| m)?;
         Some(message.to_owned())
     }
+}
+
+impl Kept {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let [current, before] = CONSOLE.map(|name| self.dir.join(name));
+        if self.open.as_ref().is_some_and(|(_, size)| size + bytes.len() > FILE_MAX) {
+            self.open = None;
+            fs::rename(&current, before)?;
+        }
+        let (file, size) = match &mut self.open {
+            Some(open) => open,
+            none => {
+                let new =
+                    File::options().write(true).create(true).truncate(true).mode(0o600).open(current)?;
+                none.insert((new, 0))
+            }
+        };
+        *size += bytes.len();
+        file.write_all(bytes)
+    }
+}
+
+/// What a sandbox's directory has of its guest's console, printable.
+pub fn kept_lines(dir: &Path) -> io::Result<Vec<String>> {
+    let mut bytes = Vec::new();
+    for name in CONSOLE.iter().rev() {
+        match fs::read(dir.join(name)) {
+            Ok(more) => bytes.extend(more),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(lines_of(&bytes))
 }
 
 /// Lines fit to be shown: no escape sequence of a guest reaches a terminal or a log.
@@ -154,6 +221,24 @@ mod tests {
         assert!(!lines.iter().any(|line| line == "line 0"));
         assert!(lines.iter().all(|line| !line.contains(char::is_control)));
         assert_eq!(console.panic().unwrap(), "not syncing: \u{fffd}boo");
+    }
+
+    #[test]
+    fn files_have_the_end_of_what_was_said_and_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let (console, write) = Console::new().unwrap();
+        console.keep_in(dir.path());
+        assert_eq!(kept_lines(dir.path()).unwrap(), [""; 0]);
+        let mut write = File::from(write);
+        for n in 0..30_000 {
+            writeln!(write, "line {n}\x1b[2J").unwrap();
+            console.read();
+        }
+        let lines = kept_lines(dir.path()).unwrap();
+        assert_eq!(lines.last().unwrap(), "line 29999 [2J");
+        assert!(lines.windows(2).all(|two| two[0] != two[1]) && !lines.contains(&"line 0 [2J".into()));
+        let size: u64 = CONSOLE.map(|name| fs::metadata(dir.path().join(name)).unwrap().len()).iter().sum();
+        assert!((FILE_MAX as u64..=2 * FILE_MAX as u64).contains(&size), "{size}");
     }
 
     #[test]

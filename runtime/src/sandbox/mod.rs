@@ -10,7 +10,7 @@
 pub mod agent;
 pub mod attach;
 pub mod cgroup;
-mod console;
+pub mod console;
 pub mod control;
 pub mod launch;
 mod meter;
@@ -305,12 +305,10 @@ impl Sandbox {
                 )));
             }
         };
-        if self.timeline.is_on() {
-            let since_first_run = |ns: u64| self.first_run_ns.get().saturating_add(ns);
-            self.timeline.mark_at("guest_init_started", since_first_run(hello.init_started_ns));
-            self.timeline.mark_at("agent_listening", since_first_run(hello.listening_ns));
-            self.timeline.mark("agent_ready");
-        }
+        let since_first_run = |ns: u64| self.first_run_ns.get().saturating_add(ns);
+        self.timeline.mark_at("guest_init_started", since_first_run(hello.init_started_ns));
+        self.timeline.mark_at("agent_listening", since_first_run(hello.listening_ns));
+        self.timeline.mark("agent_ready");
         Ok(())
     }
 
@@ -409,6 +407,11 @@ impl Sandbox {
             never = beside => never,
         };
         self.explain(ending)
+    }
+
+    /// Has what the guest's console says in files of this directory too.
+    pub fn keep_console(&self, dir: &Path) {
+        self.console.keep_in(dir);
     }
 
     /// Keeps what the guest's console says, until the VM is gone.

@@ -101,6 +101,7 @@ pub fn run(
     share.add(&bundle, &adapted.binds)?;
     let sandbox = spawned.boot(share, size, files, launch.debug)?;
     sandbox.add_oom_score(&bundle.spec);
+    sandbox.keep_console(reservation.dir().path());
 
     let mut stdio = open_stdio(&bundle, launch.console_socket.as_deref())?;
     if !matches!(mode, Mode::Run { .. }) {

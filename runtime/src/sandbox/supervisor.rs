@@ -187,7 +187,7 @@ impl Supervisor {
             .start(&self.id())
             .await
             .map_err(|source| Error::Agent { what: "start the container", source })?;
-        self.sandbox.timeline.mark("container_started");
+        self.sandbox.timeline.mark_started(&self.id(), self.dir.path());
         self.set_status(Status::Running)?;
         let poststart = self.poststart.take();
         // A poststart hook that fails is reported; the container runs on (runtime specification, lifecycle).

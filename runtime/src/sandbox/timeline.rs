@@ -1,16 +1,18 @@
-//! When what happened during a start, for people and for `make bench`.
+//! When what happened during a start, for people (`stockade trace`) and for `make bench`.
 //!
-//! Every mark is a name and a time of `CLOCK_MONOTONIC`. With STOCKADE_TIMELINE=FILE they are written there as JSON:
-//! `{"clock":"CLOCK_MONOTONIC","unit":"ns","id":…,"marks":[{"name":…,"ns":…},…]}`. Without it nothing is recorded.
+//! Every mark is a name and a time of `CLOCK_MONOTONIC`. Once the first container runs they are written into the sandbox's
+//! state directory, and with STOCKADE_TIMELINE=FILE all of them there at the end, as JSON:
+//! `{"clock":"CLOCK_MONOTONIC","unit":"ns","id":…,"marks":[{"name":…,"ns":…},…]}`.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::clock::monotonic_ns;
+use crate::state::TIMELINE;
 
-/// Environment variable that names the file.
+/// Environment variable that names another file.
 pub const ENV: &str = "STOCKADE_TIMELINE";
 
 /// The marks of one start, in the order in which they were set.
@@ -26,6 +28,24 @@ struct Mark {
     ns: u64,
 }
 
+/// A timeline as it was written.
+#[derive(Debug, Deserialize)]
+pub struct Written {
+    /// The sandbox.
+    pub id: String,
+    /// Names and times in nanoseconds, in the order of time.
+    pub marks: Vec<WrittenMark>,
+}
+
+/// A mark as it was written.
+#[derive(Debug, Deserialize)]
+pub struct WrittenMark {
+    /// What happened.
+    pub name: String,
+    /// When.
+    pub ns: u64,
+}
+
 impl Timeline {
     /// Begins with the mark `process_start` at the given time.
     pub fn begin(process_start_ns: u64) -> Self {
@@ -37,34 +57,43 @@ impl Timeline {
 
     /// Marks this moment.
     pub fn mark(&self, name: &'static str) {
-        if self.is_on() {
-            self.mark_at(name, monotonic_ns());
-        }
+        self.mark_at(name, monotonic_ns());
     }
 
     /// Marks another moment.
     pub fn mark_at(&self, name: &'static str, ns: u64) {
-        if self.is_on() {
-            tracing::debug!(mark = name, ns, "timeline");
-            self.marks.borrow_mut().push(Mark { name, ns });
-        }
+        tracing::debug!(mark = name, ns, "timeline");
+        self.marks.borrow_mut().push(Mark { name, ns });
     }
 
     /// Marks this moment unless one of the same name was marked before.
     pub fn mark_once(&self, name: &'static str) {
-        if self.is_on() && self.marks.borrow().iter().all(|mark| mark.name != name) {
+        if !self.has(name) {
             self.mark(name);
         }
     }
 
-    /// Whether anybody will look at the marks.
-    pub fn is_on(&self) -> bool {
-        self.file.is_some() || tracing::enabled!(tracing::Level::DEBUG)
+    fn has(&self, name: &str) -> bool {
+        self.marks.borrow().iter().any(|mark| mark.name == name)
     }
 
-    /// Writes the file, in the order of time. A timeline that cannot be written is no reason to fail a container.
+    /// Marks that a container runs. The first time what there is so far is written into the sandbox's state directory.
+    pub fn mark_started(&self, id: &str, dir: &Path) {
+        if !self.has(STARTED) {
+            self.mark(STARTED);
+            self.write_to(&dir.join(TIMELINE), id);
+        }
+    }
+
+    /// Writes the file that the environment asks for, if it does.
     pub fn write(&self, id: &str) {
-        let Some(file) = &self.file else { return };
+        if let Some(file) = &self.file {
+            self.write_to(file, id);
+        }
+    }
+
+    /// In the order of time. A timeline that cannot be written is no reason to fail a container.
+    fn write_to(&self, file: &Path, id: &str) {
         let mut marks = self.marks.borrow().clone();
         marks.sort_by_key(|mark| mark.ns);
         let text = serde_json::json!({"clock": "CLOCK_MONOTONIC", "unit": "ns", "id": id, "marks": marks})
@@ -74,6 +103,9 @@ impl Timeline {
         }
     }
 }
+
+/// The workload runs.
+const STARTED: &str = "container_started";
 
 #[cfg(test)]
 mod tests {
@@ -87,10 +119,15 @@ mod tests {
         timeline.mark_at("second", 20);
         timeline.mark_at("first", 10);
         timeline.mark_once("first");
+        timeline.mark_started("c1", dir.path());
+        timeline.mark_started("c1", dir.path());
         timeline.write("c1");
+        let written: Written =
+            serde_json::from_str(&std::fs::read_to_string(dir.path().join(TIMELINE)).unwrap()).unwrap();
+        assert_eq!((&*written.id, &*written.marks[2].name), ("c1", STARTED));
         let value: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         assert_eq!(value["id"], "c1");
         assert_eq!(value["marks"][0], serde_json::json!({"name": "first", "ns": 10}));
-        assert_eq!(value["marks"].as_array().unwrap().len(), 2);
+        assert_eq!(value["marks"].as_array().unwrap().len(), 3);
     }
 }

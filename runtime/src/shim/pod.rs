@@ -122,6 +122,13 @@ impl Pod {
         }
     }
 
+    /// Marks that a container runs.
+    pub fn mark_started(&self) {
+        if let (Some(vm), Some((dir, _))) = (&self.vm, &self.kept) {
+            vm.timeline.mark_started(&self.id, dir.path());
+        }
+    }
+
     /// Prepares the guest for containers, with the network of its namespace as it is now.
     async fn set_up(&self, vm: &Sandbox) -> Result<(), sandbox::Error> {
         vm.set_up().await?;

@@ -228,6 +228,7 @@ impl Pod {
             if let Err(e) = vm.agent.start(id).await {
                 return Err(self.explain("start the container", e).await);
             }
+            self.mark_started();
         }
         process.started();
         let event = TaskStart { container_id: id.into(), pid: self.pid, ..Default::default() };

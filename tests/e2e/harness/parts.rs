@@ -46,7 +46,7 @@ const PARTS: &[&[&str]] = &[
     &["commands::"],
     &["cgroup::"],
     &["process::"],
-    &["bad_input::", "check::", "install::", "isolation::", "tty::", "wall::"],
+    &["bad_input::", "check::", "install::", "isolation::", "operations::", "tty::", "wall::"],
     &["limits::"],
     &["exec::"],
 ];
