@@ -359,3 +359,52 @@ fn acknowledging_clears_the_reasons_that_are_named() {
     assert_eq!(driver.read(0x60), 0);
     assert_eq!(driver.irq.read().unwrap(), 2);
 }
+
+/// Takes a driver to one of the states of the specification, the last of which is a device that runs.
+fn take_to(driver: &mut TestDriver, state: u32) {
+    driver.write(0x70, 0);
+    for step in [1, 3, 11].into_iter().filter(|step| *step <= state) {
+        if step == 11 {
+            driver.accept_features(F_VERSION_1);
+        }
+        driver.write(0x70, step);
+    }
+    if state == 15 {
+        driver.configure_queue(0, 16, 0x1000, 0x2000, 0x3000);
+        driver.configure_queue(1, 64, 0x4000, 0x5000, 0x6000);
+        driver.write(0x70, 15);
+    }
+    assert_eq!(driver.status(), state);
+}
+
+#[test]
+fn every_register_takes_every_kind_of_value_in_every_state_and_a_reset_makes_good() {
+    let (mut driver, counts, _) = driver();
+    // The bits, what is beside them, and every value of a byte.
+    let bits = (0..32).map(|bit| 1u32 << bit);
+    let mut values: Vec<u32> = bits.flat_map(|bit| [bit - 1, bit, bit + 1]).chain(0..=255).collect();
+    values.extend([u32::MAX - 1, u32::MAX]);
+    values.sort_unstable();
+    values.dedup();
+    for state in [0, 1, 3, 11, 15] {
+        for offset in (0..CONFIG_SPACE).step_by(4).chain([0x100, 0x104, WINDOW_SIZE - 4, WINDOW_SIZE]) {
+            take_to(&mut driver, state);
+            for value in &values {
+                driver.write(offset, *value);
+                driver.read(offset);
+                let now = driver.status() & !(NEEDS_RESET | FAILED);
+                assert!([0, 1, 3, 11, 15].contains(&now), "{value:#x} to {offset:#x} in {state}: {now}");
+                let running = activated(&counts) - stopped(&counts);
+                assert!(
+                    running <= usize::from(now == 15),
+                    "{value:#x} to {offset:#x} in {state}: {now}, {running}"
+                );
+            }
+        }
+    }
+    let before = activated(&counts);
+    take_to(&mut driver, 15);
+    assert_eq!(activated(&counts), before + 1);
+    driver.write(0x70, 0);
+    assert_eq!(activated(&counts), stopped(&counts));
+}
