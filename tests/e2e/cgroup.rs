@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::harness::{Bundle, Case, Id, Program, Runtime, Stdin, case};
+use crate::harness::{Bundle, Case, Id, Program, Runtime, Stdin, case, vmm_of};
 
 const VM: &str = "the cgroup of a VM";
 
@@ -47,8 +47,11 @@ fn named_cgroup_holds_the_container_and_goes_with_it() {
     let pid = container.pid();
     assert_eq!(cgroup_of(pid), format!("0::{path}"));
     if runtime.is_stockade() {
-        let members = read(&path, "cgroup.procs");
-        assert_eq!(members.lines().count(), 2, "supervisor and VMM: {members}");
+        let members = |path: &str| {
+            read(path, "cgroup.procs").lines().map(|pid| pid.parse().unwrap()).collect::<Vec<i32>>()
+        };
+        assert_eq!(members(&path), [pid], "the supervisor");
+        assert_eq!(members(&format!("{path}/vmm")), [vmm_of(pid).expect("a VMM")]);
         let used: u64 = read(&path, "memory.current").trim().parse().unwrap();
         assert!(used > 20 << 20, "the guest's memory is not accounted: {used}");
     }

@@ -1,5 +1,6 @@
-//! The sandbox's cgroup on the host (cgroup v2): supervisor and VMM live in it, and the guest's memory is accounted
-//! there.
+//! The sandbox's cgroup on the host (cgroup v2): the supervisor lives in it and the VMM in one of its own below, and the
+//! guest's memory is accounted there. The VMM's has no controller, so that the limits are those of both, but the VMM can
+//! be told from the supervisor, and be killed or frozen with all that it might have become.
 //!
 //! It is the one that `linux.cgroupsPath` names. Where a bundle names none there is none, unless it asks for limits
 //! that only the host can set: then it is where runc would make it. Limits are those of the workload and what the VM
@@ -7,8 +8,9 @@
 //! alone; the parents that had to be made stay, as under runc.
 
 use std::cell::Cell;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -29,6 +31,8 @@ const CONTROLLERS: [&str; 5] = ["cpu", "memory", "io", "pids", "cpuset"];
 const OVERHEAD: u64 = 32 << 20;
 /// Of guest memory, for page tables on both sides of the wall (8 bytes for each 4 KiB, twice) with some to spare.
 const TABLES_FRACTION: u64 = 128;
+/// The VMM's, below it.
+const VMM: &str = "vmm";
 /// How long the kernel may take to see that a cgroup whose processes have ended is empty.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -205,6 +209,17 @@ impl Membership {
         &self.path
     }
 
+    /// Makes the cgroup in which the VMM is to begin.
+    pub fn make_for_vmm(&self) -> Result<OwnedFd, Error> {
+        let path = self.path.join(VMM);
+        let failed = |e| Error::Io("make", path.clone(), e);
+        match fs::create_dir(&path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(e)),
+            _ => {}
+        }
+        Ok(File::open(&path).map_err(failed)?.into())
+    }
+
     /// Leaves its removal to `delete`.
     pub fn keep(&self) {
         self.ours.set(false);
@@ -368,6 +383,11 @@ fn block_io(io: &LinuxBlockIo) -> Vec<Setting> {
 /// Removes the cgroup of a sandbox whose processes have ended. One that is gone is fine; what a hook has left in it is
 /// ended.
 pub fn remove(path: &Path) -> Result<(), Error> {
+    remove_one(&path.join(VMM))?;
+    remove_one(path)
+}
+
+fn remove_one(path: &Path) -> Result<(), Error> {
     let begin = Instant::now();
     loop {
         match fs::remove_dir(path).map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {

@@ -54,6 +54,7 @@ use crate::process::ProcessId;
 use crate::size::{self, VmSize};
 use crate::state;
 use agent::Agent;
+use cgroup::Membership;
 use console::Console;
 use oom_score::OomScore;
 pub use share::Share;
@@ -177,13 +178,19 @@ pub struct Sandbox {
 impl Sandbox {
     /// Moves this process, which must have one thread, to a mount namespace of its own and starts the VMM there.
     /// `hooks` says whether there will be some to run in the namespaces that were left, for this and for `network`.
-    pub fn spawn(hooks: bool, network: Network, timeline: Timeline) -> Result<Spawned, Error> {
+    pub fn spawn(
+        hooks: bool,
+        network: Network,
+        cgroup: Option<&Membership>,
+        timeline: Timeline,
+    ) -> Result<Spawned, Error> {
         let mut outside: Vec<OwnedFd> = share::enter_namespace(hooks)?.into_iter().collect();
         if hooks {
             outside.extend(network.outside().map_err(|e| Error::Os("keep the network namespace", e))?);
         }
         let (console, console_end) = Console::new().map_err(|e| Error::Os("make the console pipe", e))?;
-        let vmm = Vmm::spawn(console_end.as_fd())?;
+        let cgroup = cgroup.map(Membership::make_for_vmm).transpose()?;
+        let vmm = Vmm::spawn(console_end.as_fd(), cgroup.as_ref().map(AsFd::as_fd))?;
         timeline.mark("vmm_spawned");
         Ok(Spawned { vmm, network, console, console_end, timeline, outside })
     }

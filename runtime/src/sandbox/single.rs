@@ -84,7 +84,7 @@ pub fn run(
     };
     let signals = Signals::block().map_err(os("block signals"))?;
     let network = Network::enter(&bundle.spec, !matches!(mode, Mode::Run { .. }))?;
-    let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), network, timeline)?;
+    let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), network, cgroup.as_ref(), timeline)?;
 
     // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
     let first = first_state(&id, &bundle, size, spawned.vmm_process()?)?;

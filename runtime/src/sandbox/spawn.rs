@@ -8,7 +8,7 @@
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
@@ -26,6 +26,9 @@ const NAMESPACES: libc::c_int = libc::CLONE_NEWUSER
     | libc::CLONE_NEWNET
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUTS;
+
+/// linux/sched.h: more than 32 bits, which the constant of libc has not.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
 /// A child that is known by its number until it has been waited for.
 #[derive(Debug)]
@@ -69,8 +72,13 @@ impl Child {
 }
 
 /// Starts this binary again with `arguments` and an empty environment, `stdin` and `stderr` as its streams, in a
-/// process group and in namespaces of its own.
-pub fn spawn(arguments: &[&CStr], stdin: OwnedFd, stderr: OwnedFd) -> io::Result<Child> {
+/// process group and in namespaces of its own, and in a cgroup if there is one for it.
+pub fn spawn(
+    arguments: &[&CStr],
+    stdin: OwnedFd,
+    stderr: OwnedFd,
+    cgroup: Option<BorrowedFd>,
+) -> io::Result<Child> {
     let (gate_end, gate) = pipe2(OFlag::O_CLOEXEC)?;
     let (failure, failure_end) = pipe2(OFlag::O_CLOEXEC)?;
     let stdout = File::options().write(true).open("/dev/null")?;
@@ -83,7 +91,7 @@ pub fn spawn(arguments: &[&CStr], stdin: OwnedFd, stderr: OwnedFd) -> io::Result
         gate_writer: gate.as_raw_fd(),
         failure: failure_end.as_raw_fd(),
     };
-    let mut child = match clone_into_namespaces()? {
+    let mut child = match clone_into_namespaces(cgroup)? {
         // SAFETY: this is the child, and all that `program` points to was copied with it.
         None => unsafe { program.run() },
         Some(pid) => Child { pid, status: None },
@@ -133,13 +141,20 @@ fn onto_itself(map: &str) -> String {
     lines.collect()
 }
 
-/// fork(2) into new namespaces: `None` in the child.
-fn clone_into_namespaces() -> io::Result<Option<Pid>> {
-    let flags = NAMESPACES | libc::SIGCHLD;
-    let none = std::ptr::null_mut::<libc::c_void>();
-    // SAFETY: clone(2) without CLONE_VM and with no stack is fork(2): the child goes on with a copy of this one's
+/// fork(2) into new namespaces, and into a cgroup (Linux 5.7): moving there later would wait for the whole machine.
+/// `None` in the child.
+fn clone_into_namespaces(cgroup: Option<BorrowedFd>) -> io::Result<Option<Pid>> {
+    // SAFETY: zero is a value of all its numbers.
+    let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
+    how.flags = NAMESPACES as u64;
+    how.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        how.flags |= CLONE_INTO_CGROUP;
+        how.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: clone3(2) without CLONE_VM and with no stack is fork(2): the child goes on with a copy of this one's
     // memory. It only makes the async-signal-safe calls of `Program::run`.
-    match unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) } {
+    match unsafe { libc::syscall(libc::SYS_clone3, &how, size_of_val(&how)) } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(None),
         pid => Ok(Some(Pid::from_raw(pid as i32))),

@@ -80,12 +80,12 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts the process, which then waits for [`Vmm::boot`].
-    pub fn spawn(console: BorrowedFd) -> Result<Self, Error> {
+    /// Starts the process, in a cgroup if there is one for it; it then waits for [`Vmm::boot`].
+    pub fn spawn(console: BorrowedFd, cgroup: Option<BorrowedFd>) -> Result<Self, Error> {
         let (client, theirs) = Client::pair().map_err(Error::Spawn)?;
         let console = console.try_clone_to_owned().map_err(Error::Spawn)?;
         let arguments = [c"stockade", c"vmm", c"--control-fd", c"0"];
-        let child = spawn::spawn(&arguments, theirs, console).map_err(Error::Spawn)?;
+        let child = spawn::spawn(&arguments, theirs, console, cgroup).map_err(Error::Spawn)?;
         let namespace = File::open(format!("/proc/{}/ns/net", child.id())).ok();
         Ok(Vmm {
             client,

@@ -190,7 +190,7 @@ fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
         Place::Own(path) => Some(Membership::enter(path, &limits, size)?),
     };
     let network = Network::enter(&serve.spec, false)?;
-    let spawned = Sandbox::spawn(true, network, Timeline::begin(serve.process_start_ns))?;
+    let spawned = Sandbox::spawn(true, network, cgroup.as_ref(), Timeline::begin(serve.process_start_ns))?;
     let vmm = spawned.vmm_process()?;
     let root = super::state_root(&serve.flags.namespace);
     let reservation = Reservation::new(StateDir::create(&root, &serve.sandbox)?);

@@ -2,7 +2,8 @@
 //!
 //! The supervisor starts the process in namespaces of its own: user (ids mapped one to one, so that files keep
 //! their owners, but no capability counts outside), pid (it is process 1 and sees no other), network (empty), ipc,
-//! uts, and mount. [`enter`] closes the last of them and what is not a namespace, before the first guest instruction:
+//! uts, and mount; and in a cgroup of its own, where the sandbox has one. [`enter`] closes the last of these and what
+//! is not a namespace, before the first guest instruction:
 //!
 //! - The root directory is a read-only tmpfs that holds two mounts: `/share`, the sandbox's share directory, and
 //!   `/proc/self/fd`, this process's own descriptors, through which the file server reopens files (beside it an empty
