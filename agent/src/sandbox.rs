@@ -2,10 +2,13 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
+use std::path::{Component, Path};
 
 use nix::mount::{MsFlags, mount};
+use nix::sys::stat::Mode;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
+use nix::unistd::mkdir;
 use stockade_agent_protocol::SHARE_MOUNT_POINT;
 use stockade_agent_protocol::messages::SetupSandboxRequest;
 
@@ -68,6 +71,19 @@ fn credit_entropy(entropy: &[u8]) -> Result<(), Error> {
     // SAFETY: the kernel reads `bytes` bytes behind the header, which are there.
     if unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &info) } < 0 {
         return Err(failed(std::io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// Lets go of what is known of parts of the share that the host has taken away. Where a new directory is to be made the
+/// kernel asks whether there is something of that name, however short ago it was told, and drops all that it has
+/// cached of the old one. The host makes none: the directories of the share are its own.
+pub fn forget(paths: &[String]) -> Result<(), Error> {
+    for path in paths.iter().map(Path::new) {
+        if path.components().any(|component| !matches!(component, Component::Normal(_))) {
+            return Err(Error::Invalid(format!("{path:?} is no path below the share")));
+        }
+        let _ = mkdir(&Path::new(SHARE_MOUNT_POINT).join(path), Mode::empty());
     }
     Ok(())
 }

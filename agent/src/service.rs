@@ -11,9 +11,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty, Event,
-    ExecRequest, ExecResponse, HandshakeRequest, HandshakeResponse, PidsResponse, ProcessRequest,
-    ResizeRequest, SetNetworkRequest, SetPodRequest, SetupSandboxRequest, SetupSandboxResponse,
-    ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+    ExecRequest, ExecResponse, ForgetRequest, HandshakeRequest, HandshakeResponse, PidsResponse,
+    ProcessRequest, ResizeRequest, SetNetworkRequest, SetPodRequest, SetupSandboxRequest,
+    SetupSandboxResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
 };
 use stockade_agent_protocol::service::Agent;
 use stockade_agent_protocol::{FORWARD_PORT, PROTOCOL_VERSION};
@@ -157,6 +157,14 @@ impl Agent for Service {
         self.to_the_end(|containers| async move {
             containers.delete(&request.container_id, request.force).await?;
             containers.aside(sandbox::write_back).await
+        })
+        .await?;
+        Ok(Empty::default())
+    }
+
+    async fn forget(&self, _: &TtrpcContext, request: ForgetRequest) -> ttrpc::Result<Empty> {
+        self.to_the_end(|containers| async move {
+            containers.aside(move || sandbox::forget(&request.paths)).await
         })
         .await?;
         Ok(Empty::default())

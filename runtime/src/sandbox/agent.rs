@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use stockade_agent_protocol::messages::{
-    ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, ExecRequest, HandshakeRequest,
-    HandshakeResponse, Process, ProcessRequest, ResizeRequest, SetNetworkRequest, SetPodRequest,
-    SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitResponse,
-    event,
+    ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, ExecRequest, ForgetRequest,
+    HandshakeRequest, HandshakeResponse, Process, ProcessRequest, ResizeRequest, SetNetworkRequest,
+    SetPodRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
+    WaitResponse, event,
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
@@ -234,6 +234,12 @@ impl Agent {
             count += 1;
         }
         Ok(())
+    }
+
+    /// Has it let go of parts of the share that have been taken away.
+    pub async fn forget(&self, paths: Vec<String>) -> Result<(), Error> {
+        let request = ForgetRequest { paths, ..Default::default() };
+        call(self.0.forget(context(), &request)).await.map(drop)
     }
 
     /// Has everything written back to the share.

@@ -34,7 +34,7 @@ mod vmm;
 use std::cell::{Cell, RefCell};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -247,9 +247,13 @@ impl Sandbox {
         self.oom_score.add(self.vmm.id(), spec);
     }
 
-    /// Takes a part of the share away again, such as a container's files, which are in a directory of its name.
-    pub fn unshare(&self, below: &Path) {
-        self.share.remove(below);
+    /// Takes parts of the share away again, such as a container's files, which are in a directory of its name. As long
+    /// as the guest knows files of them the host keeps them, so it is made to forget.
+    pub async fn unshare(&self, parts: &[PathBuf]) -> Result<(), Error> {
+        parts.iter().for_each(|part| self.share.remove(part));
+        let paths = parts.iter().map(|part| part.display().to_string()).collect();
+        let forgotten = self.agent.forget(paths).await;
+        forgotten.map_err(|source| Error::Agent { what: "have the guest forget files", source })
     }
 
     /// Lets who enters this process's mount namespace find a container's files there and no others. Nothing can be

@@ -6,7 +6,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -216,11 +215,13 @@ impl Pod {
     }
 
     /// Takes the files of a container out of the share.
-    pub fn unshare(&self, container: &str) {
-        let unused = self.volumes.borrow_mut().leave(container);
-        if let Ok(vm) = self.vm() {
-            vm.unshare(Path::new(container));
-            unused.iter().for_each(|volume| vm.unshare(volume));
+    pub async fn unshare(&self, container: &str) {
+        let mut parts = self.volumes.borrow_mut().leave(container);
+        parts.push(container.into());
+        if let Ok(vm) = self.vm()
+            && let Err(e) = vm.unshare(&parts).await
+        {
+            tracing::warn!(container, "{e}");
         }
     }
 

@@ -107,7 +107,7 @@ impl Pod {
                 Ok(self.pid)
             }
             Err(e) => {
-                self.unshare(&id);
+                self.unshare(&id).await;
                 rootfs::unmount_all(&root);
                 Err(e)
             }
@@ -470,7 +470,7 @@ impl Pod {
         {
             tracing::warn!(container = container.id, "the guest did not remove the container: {e}");
         }
-        self.unshare(&container.id);
+        self.unshare(&container.id).await;
         rootfs::unmount_all(&container.bundle.join(ROOTFS));
         if let Some(list) = hooks.as_ref().filter(|list| !list.is_empty()) {
             let state = hook_state(&container.id, &container.bundle, self.pid, "stopped");

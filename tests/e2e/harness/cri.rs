@@ -1,11 +1,13 @@
 //! Pods as kubelet makes them: a containerd with its CRI plug-in and CNI, and a client that speaks to it.
 
-use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use protobuf::{Message, MessageField};
+use stockade_tests::cri::host::{self, Bridge, Plugin};
 use stockade_tests::cri::messages as cri;
 use stockade_tests::cri::stream::Stream;
 use stockade_tests::cri::{Client, Failure};
@@ -23,8 +25,8 @@ const NAMESPACE: &str = "k8s.io";
 pub struct Pods {
     pub containerd: Containerd,
     pub client: Client,
-    bridge: String,
-    next: RefCell<u32>,
+    bridge: Bridge,
+    next: AtomicU32,
 }
 
 impl Pods {
@@ -36,27 +38,15 @@ impl Pods {
     /// Starts one whose handler for stockade has further settings.
     pub fn configured(settings: &str) -> Self {
         let number = unique();
-        let bridge = format!("cri-{number}");
+        let bridge = Bridge { name: format!("cri-{number}"), number };
         tool("modprobe -a veth bridge overlay");
-        let containerd = Containerd::configured(|at| {
-            network(at, number, &bridge);
-            format!(
-                "[plugins.\"io.containerd.grpc.v1.cri\"]\n\
-                 sandbox_image = {PAUSE_IMAGE:?}\nstream_server_address = \"127.0.0.1\"\n\
-                 [plugins.\"io.containerd.grpc.v1.cri\".cni]\n\
-                 bin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n\
-                 [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
-                 default_runtime_name = \"runc\"\n\
-                 [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n\
-                 runtime_type = \"io.containerd.runc.v2\"\n\
-                 [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{HANDLER}]\n\
-                 runtime_type = {RUNTIME:?}\npod_annotations = [\"io.stockade.*\"]\n{settings}\n",
-                at.join("cni").display().to_string(),
-            )
-        });
+        let handlers = [("runc", "io.containerd.runc.v2"), (HANDLER, RUNTIME)];
+        let settings = format!("pod_annotations = [\"io.stockade.*\"]\n{settings}");
+        let plugin = Plugin { pause: PAUSE_IMAGE, handlers: &handlers, settings: &settings };
+        let containerd = Containerd::configured(|at| plugin.configure(at, &bridge).unwrap());
         containerd.import(NAMESPACE, &[(IMAGE, &["sh"]), (PAUSE_IMAGE, &["sleep", "1000000"])]);
         let client = Client::new(&containerd.socket());
-        let this = Self { containerd, client, bridge, next: RefCell::new(0) };
+        let this = Self { containerd, client, bridge, next: AtomicU32::new(1) };
         this.wait_until_ready();
         this
     }
@@ -94,28 +84,10 @@ impl Pods {
 
     /// A pod's configuration as kubelet writes it.
     pub fn config(&self, name: &str) -> cri::PodSandboxConfig {
-        *self.next.borrow_mut() += 1;
-        let uid = format!("{name}-{}", self.next.borrow());
+        let uid = format!("{name}-{}", self.next.fetch_add(1, Ordering::Relaxed));
         let logs = self.containerd.dir().join("logs").join(&uid);
         fs::create_dir_all(&logs).unwrap();
-        let metadata = cri::PodSandboxMetadata {
-            name: name.into(),
-            uid: uid.clone(),
-            namespace: "lab".into(),
-            ..Default::default()
-        };
-        let linux = cri::LinuxPodSandboxConfig {
-            cgroup_parent: format!("/{}/{uid}", self.bridge),
-            security_context: MessageField::some(Default::default()),
-            ..Default::default()
-        };
-        cri::PodSandboxConfig {
-            metadata: MessageField::some(metadata),
-            hostname: name.into(),
-            log_directory: logs.display().to_string(),
-            linux: MessageField::some(linux),
-            ..Default::default()
-        }
+        host::pod(name, &uid, &logs, &format!("/{}", self.bridge.name))
     }
 
     /// Tries to bring a pod up under a runtime handler.
@@ -175,31 +147,15 @@ impl Drop for Pods {
             }
         }
         let _ = std::process::Command::new("ip")
-            .args(["link", "delete", &self.bridge])
+            .args(["link", "delete", &self.bridge.name])
             .stderr(std::process::Stdio::null())
             .status();
-        let cgroup = Path::new("/sys/fs/cgroup").join(&self.bridge);
+        let cgroup = Path::new("/sys/fs/cgroup").join(&self.bridge.name);
         for pod in fs::read_dir(&cgroup).into_iter().flatten().flatten() {
             let _ = fs::remove_dir(pod.path());
         }
         let _ = fs::remove_dir(cgroup);
     }
-}
-
-/// A bridge for this containerd's pods, with the plug-ins that every distribution has.
-fn network(at: &Path, number: u32, bridge: &str) {
-    let config = serde_json::json!({
-        "cniVersion": "0.4.0", "name": bridge,
-        "plugins": [{
-            "type": "bridge", "bridge": bridge, "isGateway": true,
-            "ipam": {
-                "type": "host-local", "dataDir": at.join("ipam"),
-                "ranges": [[{ "subnet": format!("10.67.{number}.0/24") }]], "routes": [{ "dst": "0.0.0.0/0" }],
-            },
-        }],
-    });
-    fs::create_dir(at.join("cni")).unwrap();
-    fs::write(at.join("cni/10-lab.conflist"), config.to_string()).unwrap();
 }
 
 /// A pod.
@@ -239,25 +195,7 @@ impl Pod<'_> {
         script: &str,
         change: impl FnOnce(&mut cri::ContainerConfig),
     ) -> Result<String, Failure> {
-        let metadata = cri::ContainerMetadata { name: name.into(), ..Default::default() };
-        let mut config = cri::ContainerConfig {
-            metadata: MessageField::some(metadata),
-            image: MessageField::some(cri::ImageSpec { image: IMAGE.into(), ..Default::default() }),
-            command: ["sh", "-c", script].map(String::from).into(),
-            log_path: format!("{name}.log"),
-            linux: MessageField::some(cri::LinuxContainerConfig {
-                resources: MessageField::some(Default::default()),
-                security_context: MessageField::some(cri::LinuxContainerSecurityContext {
-                    namespace_options: MessageField::some(cri::NamespaceOption {
-                        pid: cri::NamespaceMode::CONTAINER.into(),
-                        ..Default::default()
-                    }),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
+        let mut config = host::container(name, IMAGE, &["sh", "-c", script]);
         change(&mut config);
         let request = cri::CreateContainerRequest {
             pod_sandbox_id: self.id.clone(),
@@ -289,6 +227,14 @@ impl Pod<'_> {
     #[track_caller]
     pub fn container(&self, id: &str) -> cri::ContainerStatus {
         self.pods.ask::<cri::ContainerStatusResponse>("ContainerStatus", &container(id)).status.unwrap()
+    }
+
+    /// The pod's containers, by a further filter.
+    #[track_caller]
+    pub fn list(&self, filter: cri::ContainerFilter) -> Vec<cri::Container> {
+        let filter = cri::ContainerFilter { pod_sandbox_id: self.id.clone(), ..filter };
+        let request = cri::ListContainersRequest { filter: MessageField::some(filter), ..Default::default() };
+        self.pods.ask::<cri::ListContainersResponse>("ListContainers", &request).containers
     }
 
     /// Waits for a container's end. Returns how it ended.
@@ -459,6 +405,23 @@ pub fn runtime_of(pod: &str) -> (i32, i32) {
     let state: serde_json::Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
     let pid = |name: &str| state[name]["pid"].as_i64().unwrap_or_else(|| panic!("{name} in {state}")) as i32;
     (pid("vmm"), pid("supervisor"))
+}
+
+/// How many files and directories a process has open that are in no mount of its own, since that has been taken away.
+pub fn files_in_no_mount(pid: i32) -> usize {
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    let mounts: BTreeSet<&str> = mounts.lines().filter_map(|line| line.split(' ').next()).collect();
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    fds.filter(|fd| {
+        fs::read_link(fd.path()).is_ok_and(|path| path.is_absolute() && !path.starts_with("/dev"))
+    })
+    .filter(|fd| {
+        let info = format!("/proc/{pid}/fdinfo/{}", fd.file_name().display());
+        let info = fs::read_to_string(info).unwrap_or_default();
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+        mount.is_some_and(|mount| !mounts.contains(mount.trim()))
+    })
+    .count()
 }
 
 /// The request of calls about one container.

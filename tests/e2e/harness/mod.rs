@@ -27,7 +27,7 @@ pub use bundle::{Bundle, Rootfs, host_scratch};
 pub use calls::CallWatch;
 pub use cases::{Case, into_trials, leave_nothing};
 pub use containerd::Containerd;
-pub use cri::{HANDLER, Pod, Pods, container, mount, runtime_of, security};
+pub use cri::{HANDLER, Pod, Pods, container, files_in_no_mount, mount, runtime_of, security};
 pub use docker::{Docker, IMAGE as DOCKER_IMAGE};
 pub use hijack::Hijacked;
 pub use image::{Images, Layer, digest};

@@ -4,6 +4,7 @@
 //! several threads, and over a restart of the other side.
 
 mod grpc;
+pub mod host;
 pub mod stream;
 
 use std::path::{Path, PathBuf};
