@@ -19,6 +19,7 @@ mod log;
 mod network;
 mod printable;
 mod process;
+mod records;
 mod sandbox;
 mod shim;
 mod size;

@@ -2,13 +2,14 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Bundle, Case, Container, HANG, Runtime, Stdin, case};
+use crate::harness::{Bundle, Case, Container, HANG, Program, Runtime, Stdin, case, tool, vmm_of};
 
 const OURS: &str = "a command of stockade's own";
 
 pub const CASES: &[Case] = &[
     case!(sandboxes_are_listed_with_their_pods_and_memory).stockade_only(OURS),
     case!(logs_have_what_the_guest_has_said).stockade_only(OURS),
+    case!(metrics_have_what_prometheus_reads).stockade_only(OURS),
     case!(trace_shows_a_start_from_the_process_to_the_workload).stockade_only(OURS),
 ];
 
@@ -83,4 +84,35 @@ fn trace_shows_a_start_from_the_process_to_the_workload() {
     let order =
         ["vmm_spawned", "first_guest_instruction", "guest_init_started", "agent_ready", "container_started"];
     assert!(order.windows(2).all(|two| end(two[0]) <= end(two[1])), "{trace}");
+}
+
+/// The value of a sample without labels but these.
+fn sample(text: &str, name: &str) -> f64 {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.map_or(0.0, |value| value.parse().expect("a number"))
+}
+
+fn metrics_have_what_prometheus_reads() {
+    let server =
+        Program::spawn(Runtime::under_test().command(["metrics", "--listen", "127.0.0.1:0"]), Stdin::Null);
+    let line = server.line();
+    let url = line.strip_prefix("serving ").unwrap_or_else(|| panic!("{line}"));
+    let scrape = || tool(&format!("curl -sf {url}"));
+    let before = scrape();
+    let container = Runtime::under_test().start(&Bundle::idle(), Stdin::Null);
+    container.program.expect_line("ready");
+    let during = scrape();
+    let booted = "stockade_boot_seconds_count";
+    assert!(sample(&during, booted) > sample(&before, booted), "{during}");
+    let part = |part| {
+        format!("stockade_sandbox_memory_bytes{{sandbox=\"{}\",part=\"{part}\"}}", container.id.as_str())
+    };
+    assert!(sample(&during, &part("vmm")) > 10e6 && sample(&during, &part("supervisor")) > 1e5, "{during}");
+    // A VM that is killed is a failure.
+    let failed = "stockade_failures_total{reason=\"vm_ended\"}";
+    let vmm = vmm_of(container.program.pid()).expect("a VMM");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(vmm), nix::sys::signal::Signal::SIGKILL).unwrap();
+    container.finish();
+    let after = scrape();
+    assert!(sample(&after, failed) > sample(&during, failed), "{after}");
 }

@@ -15,6 +15,7 @@ mod install;
 mod kill;
 mod list;
 mod logs;
+mod metrics;
 mod pause;
 mod ps;
 mod run;
@@ -111,6 +112,7 @@ enum Command {
     Sandboxes(sandboxes::Sandboxes),
     Logs(logs::Logs),
     Trace(trace::Trace),
+    Metrics(metrics::Metrics),
     Install(install::Install),
     Uninstall(install::Uninstall),
 }
@@ -211,6 +213,7 @@ fn dispatch(global: Global, command: Command, process_start_ns: u64) -> Outcome 
         Command::Sandboxes(args) => sandboxes::sandboxes(global, args),
         Command::Logs(args) => logs::logs(global, args),
         Command::Trace(args) => trace::trace(global, args),
+        Command::Metrics(args) => metrics::metrics(global, args),
         Command::Install(args) => install::install(args),
         Command::Uninstall(args) => install::uninstall(args),
     }

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::list::columns;
 use super::{Error, Global, Outcome, print};
+use crate::process::ProcessId;
 use crate::shim;
 use crate::state::{self, State, StateDir};
 
@@ -30,22 +31,24 @@ pub struct Sandboxes {
 /// One of them.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Shown {
-    id: String,
+pub struct Shown {
+    pub id: String,
     /// containerd's, if a shim started it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    namespace: Option<String>,
+    pub namespace: Option<String>,
     /// NAMESPACE/NAME.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pod: Option<String>,
-    status: state::Status,
-    pid: i32,
-    vcpus: u8,
+    pub pod: Option<String>,
+    pub status: state::Status,
+    pub pid: i32,
+    pub vcpus: u8,
     /// Of the VM, bytes.
-    memory_bytes: u64,
+    pub memory_bytes: u64,
     /// That its processes on the host have, the guest's with them; a share of what they have in common with others (PSS).
-    used_bytes: u64,
-    created: String,
+    pub used_bytes: u64,
+    /// Of that, the VMM's, which has the guest's memory.
+    pub vmm_bytes: u64,
+    pub created: String,
 }
 
 impl Shown {
@@ -54,8 +57,10 @@ impl Shown {
             let [space, name] = names.map(|name| state.annotations.get(name));
             Some(format!("{}/{}", space?, name?))
         });
-        let processes = [Some(state.supervisor), state.vmm];
-        let alive = processes.into_iter().flatten().filter(|process| process.is_alive());
+        let used = |process: Option<ProcessId>| {
+            process.filter(ProcessId::is_alive).map_or(0, |process| pss(process.pid))
+        };
+        let vmm_bytes = used(state.vmm);
         Shown {
             status: state.status(),
             id: state.id,
@@ -64,7 +69,8 @@ impl Shown {
             pid: state.supervisor.pid,
             vcpus: state.vm.vcpus,
             memory_bytes: state.vm.memory,
-            used_bytes: alive.map(|process| pss(process.pid)).sum(),
+            used_bytes: used(Some(state.supervisor)) + vmm_bytes,
+            vmm_bytes,
             created: state.created,
         }
     }
@@ -91,7 +97,8 @@ fn pss(pid: i32) -> u64 {
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
-pub fn sandboxes(global: &Global, args: Sandboxes) -> Outcome {
+/// All of them, as they are now.
+pub fn all(global: &Global) -> Result<Vec<Shown>, Error> {
     let mut all = Vec::new();
     for (namespace, dir) in everywhere(global)? {
         match dir.load() {
@@ -101,6 +108,11 @@ pub fn sandboxes(global: &Global, args: Sandboxes) -> Outcome {
             Err(e) => tracing::warn!("{e}"),
         }
     }
+    Ok(all)
+}
+
+pub fn sandboxes(global: &Global, args: Sandboxes) -> Outcome {
+    let all = all(global)?;
     if args.format == "json" {
         let text = serde_json::to_string(&all).map_err(|e| Error::Io("show the list".into(), e.into()))?;
         return print(&(text + "\n"));

@@ -51,6 +51,7 @@ use crate::config;
 use crate::guest_files::{self, GuestFiles};
 use crate::network::{self, Network, Traffic};
 use crate::process::ProcessId;
+use crate::records::{self, Record};
 use crate::size::{self, VmSize};
 use crate::state;
 use agent::Agent;
@@ -140,6 +141,22 @@ pub enum Error {
 }
 
 impl Error {
+    /// At what a sandbox failed, in one word for those who count; nothing where it is what the caller asked for that
+    /// cannot be.
+    pub fn part(&self) -> Option<&'static str> {
+        match self {
+            Error::GuestFiles(_) => Some("guest_files"),
+            Error::Share(_) => Some("share"),
+            Error::Vmm(_) => Some("vmm"),
+            Error::Network(_) => Some("network"),
+            Error::Cgroup(_) => Some("cgroup"),
+            Error::Agent { source: agent::Error::Closed(_), .. } => Some("agent"),
+            Error::VmEnded { .. } => Some("vm_ended"),
+            Error::Os(..) => Some("host"),
+            _ => None,
+        }
+    }
+
     /// The last lines of the guest's console, where they explain the error.
     pub fn console(&self) -> &[String] {
         match self {
@@ -320,6 +337,9 @@ impl Sandbox {
         self.timeline.mark_at("guest_init_started", since_first_run(hello.init_started_ns));
         self.timeline.mark_at("agent_listening", since_first_run(hello.listening_ns));
         self.timeline.mark("agent_ready");
+        if let Some(ns) = self.timeline.since_begin() {
+            records::append(&Record::Booted(ns));
+        }
         Ok(())
     }
 

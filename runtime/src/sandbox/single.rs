@@ -23,6 +23,7 @@ use crate::config::Settings;
 use crate::guest_files::GuestFiles;
 use crate::network::Network;
 use crate::process::ProcessId;
+use crate::records::{self, Record};
 use crate::size::VmSize;
 use crate::state::{SHARE, State, StateDir, Status};
 
@@ -65,6 +66,18 @@ pub enum Mode {
 /// Runs a sandbox with one container from beginning to end. `ready` is called once the container is created (and
 /// started, where that is this mode's business).
 pub fn run(
+    launch: Launch,
+    mode: Mode,
+    ready: impl FnOnce() -> Result<(), Error> + 'static,
+) -> Result<Exit, Error> {
+    let result = run_to_its_end(launch, mode, ready);
+    if let Some(part) = result.as_ref().err().and_then(Error::part) {
+        records::append(&Record::Failed(part.into()));
+    }
+    result
+}
+
+fn run_to_its_end(
     launch: Launch,
     mode: Mode,
     ready: impl FnOnce() -> Result<(), Error> + 'static,

@@ -77,6 +77,12 @@ impl Timeline {
         self.marks.borrow().iter().any(|mark| mark.name == name)
     }
 
+    /// Nanoseconds since the first mark.
+    pub fn since_begin(&self) -> Option<u64> {
+        let begin = self.marks.borrow().first()?.ns;
+        Some(monotonic_ns().saturating_sub(begin))
+    }
+
     /// Marks that a container runs. The first time what there is so far is written into the sandbox's state directory.
     pub fn mark_started(&self, id: &str, dir: &Path) {
         if !self.has(STARTED) {

@@ -25,6 +25,7 @@ use super::task::Container;
 use super::volumes::Volumes;
 use crate::bundle::pod::Shared;
 use crate::printable::error_line;
+use crate::records::{self, Record};
 use crate::sandbox::agent::{self, Exit};
 use crate::sandbox::stdio::Relays;
 use crate::sandbox::{self, Sandbox};
@@ -79,7 +80,12 @@ impl Pod {
     ) -> Rc<Self> {
         let (vm, shared, kept, gone) = match vm {
             Ok((vm, shared, dir, state)) => (Some(vm), shared, Some((dir, RefCell::new(state))), None),
-            Err(e) => (None, None, None, Some(error_line(&e))),
+            Err(e) => {
+                if let Some(part) = e.part() {
+                    records::append(&Record::Failed(part.into()));
+                }
+                (None, None, None, Some(error_line(&e)))
+            }
         };
         let vmm = kept.as_ref().and_then(|(_, state)| state.borrow().vmm);
         let pid = vmm.map_or(std::process::id(), |vmm| vmm.pid as u32);
@@ -190,6 +196,7 @@ impl Pod {
         if self.gone.borrow().is_some() {
             return;
         }
+        records::append(&Record::Failed("vm_ended".into()));
         tracing::error!("{reason}");
         for line in console {
             tracing::error!("guest console: {line}");

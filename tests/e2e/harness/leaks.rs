@@ -33,7 +33,7 @@ impl Traces {
                 // The runtime's own directory may stay once it has been made; what is in it may not. The others are
                 // made by mount(8) and ip-netns(8), which cases use.
                 let own = Path::new("/run").join(Runtime::under_test().name());
-                let stays = [&own, Path::new("/run/mount"), Path::new("/run/netns")];
+                let stays = [&own, Path::new("/run/mount"), Path::new("/run/netns"), Path::new(RECORDS)];
                 if !stays.contains(&path.as_path()) {
                     found.insert(format!("file {}", path.display()));
                 }
@@ -53,6 +53,9 @@ impl Traces {
         if new.is_empty() { Ok(()) } else { Err(format!("left behind:\n  {}", new.join("\n  ")).into()) }
     }
 }
+
+/// The host's records for `stockade metrics`: two files of 256 KiB at most, of no container's.
+const RECORDS: &str = "/run/stockade-records";
 
 /// The processes of the runtime under test, one line each. A zombie that waits for the machine's init to take
 /// notice of it is not the runtime's any more.
