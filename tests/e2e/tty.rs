@@ -10,6 +10,7 @@ pub const CASES: &[Case] = &[
     case!(console_socket_gets_a_terminal_of_the_size_asked_for),
     case!(resize_reaches_the_workload),
     case!(run_takes_over_the_callers_terminal),
+    case!(redirected_streams_leave_the_controlling_terminal),
     case!(interrupt_key_reaches_the_workload),
     case!(exec_uses_the_callers_terminal),
     case!(detached_exec_hands_its_terminal_over),
@@ -84,6 +85,25 @@ fn run_takes_over_the_callers_terminal() {
     terminal.expect_line("55 66");
     container.kill("KILL");
     assert_eq!(container.program.exit(), Exit::Code(137));
+}
+
+fn redirected_streams_leave_the_controlling_terminal() {
+    let script = "tty; test -t 0 && test -t 1 && test -t 2 && echo all; stty size";
+    let runtime = Runtime::under_test();
+    let bundle = Bundle::sh(script).terminal();
+    let id = Id::new();
+    let (_terminal, slave) = Pty::open(28, 93);
+    let run = |line: Vec<&OsStr>| {
+        let mut command = std::process::Command::new("setsid");
+        command.args(["--wait", "--ctty", "sh", "-c", "exec 2>&1 </dev/null \"$@\" | cat", "sh"]);
+        command.args(line).stdin(slave.try_clone().unwrap()).stdout(std::process::Stdio::piped());
+        let output = command.output().expect("run setsid");
+        String::from_utf8_lossy(&output.stdout).replace('\r', "")
+    };
+    let command = runtime.run_command(&bundle, &id);
+    let said = run(std::iter::once(command.get_program()).chain(command.get_args()).collect());
+    let lines: Vec<&str> = said.lines().collect();
+    assert!(matches!(lines[..], ["/dev/pts/0" | "/dev/console", "all", "28 93"]), "{said:?}");
 }
 
 fn interrupt_key_reaches_the_workload() {

@@ -44,21 +44,20 @@ impl HostStdio {
         Ok(HostStdio { fds: [stdin?, stdout?, stderr?], terminal: None, raw: None })
     }
 
-    /// This process's own terminal, put into raw mode.
+    /// This process's own streams, and its terminal put into raw mode. As under runc the terminal is that of any
+    /// stream, or else the controlling one: streams may be redirected.
     pub fn own_terminal() -> Result<Self, terminal::Error> {
+        let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+        let streams = [stderr.as_fd(), stdout.as_fd(), stdin.as_fd()];
+        let terminal = match streams.into_iter().find(|fd| isatty(fd).unwrap_or(false)) {
+            Some(fd) => fd.try_clone_to_owned(),
+            None => File::open("/dev/tty").map(OwnedFd::from),
+        };
+        let terminal = terminal.map_err(terminal::Error::NoTerminal)?;
         let failed = |e| terminal::Error::Io("use the terminal", e);
-        let (stdin, stdout) = (io::stdin(), io::stdout());
-        if !isatty(stdin.as_fd()).unwrap_or(false) {
-            return Err(terminal::Error::NoTerminal);
-        }
-        let terminal = stdin.as_fd().try_clone_to_owned().map_err(failed)?;
         let raw = RawMode::enter(terminal.try_clone().map_err(failed)?)?;
-        let fds = [
-            Some(terminal.try_clone().map_err(failed)?),
-            Some(stdout.as_fd().try_clone_to_owned().map_err(failed)?),
-            None,
-        ];
-        Ok(HostStdio { fds, terminal: Some(terminal), raw: Some(raw) })
+        let HostStdio { fds: [stdin, stdout, _], .. } = Self::inherited().map_err(failed)?;
+        Ok(HostStdio { fds: [stdin, stdout, None], terminal: Some(terminal), raw: Some(raw) })
     }
 
     /// A new terminal whose other end goes to a console socket.

@@ -19,9 +19,9 @@ use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 pub enum Error {
     /// the caller has none
     #[error(
-        "the process wants a terminal, but standard input is none: run it from a terminal, give --console-socket, or set process.terminal to false"
+        "the process wants a terminal, but there is none ({0}): run it from a terminal, give --console-socket, or set process.terminal to false"
     )]
-    NoTerminal,
+    NoTerminal(#[source] io::Error),
     /// an operation failed
     #[error("cannot {0}: {1}")]
     Io(&'static str, #[source] io::Error),
