@@ -24,7 +24,7 @@ use crate::cgroup::Cgroup;
 use crate::console::Console;
 use crate::error::Error;
 use crate::events::Events;
-use crate::executor::{ExecSeccomp, StartHooks, Workload};
+use crate::executor::{Seccomp, StartHooks, Workload};
 use crate::helper::{Helper, Record, Reports};
 use crate::hooks;
 use crate::mounts;
@@ -144,7 +144,11 @@ impl Containers {
         config: &[u8],
         wanted: &Wanted,
     ) -> Result<Container, Error> {
-        let adapted = spec::adapt(config, &cgroup.name)?;
+        let mut adapted = spec::adapt(config, &cgroup.name)?;
+        let filter = adapted.seccomp.take();
+        let lent = adapted.spec.process_mut().as_mut().filter(|_| filter.is_some());
+        let capabilities = lent.and_then(spec::lend_sys_admin);
+        let seccomp = filter.clone().map(|filter| Seccomp { filter, capabilities });
         for (name, value) in &adapted.network_sysctls {
             set_sysctl(name, value)?;
         }
@@ -168,7 +172,7 @@ impl Containers {
             bundle: bundle.clone(),
         });
         let mut helper = Helper::fork(&self.reaper, move |reporter| {
-            let workload = Workload::new(reporter, facts.wants_home, None, start_hooks);
+            let workload = Workload::new(reporter, facts.wants_home, seccomp, start_hooks);
             let mut builder = match builder(&name, workload, child) {
                 Ok(builder) => builder,
                 Err(e) => return failed(&e),
@@ -196,7 +200,7 @@ impl Containers {
             unstarted: Mutex::new(Some(helper.into_reports())),
             joinable: Mutex::new(false),
             ids: adapted.ids,
-            seccomp: adapted.spec.linux().as_ref().and_then(|l| l.seccomp().clone()),
+            seccomp: filter,
         })
     }
 
@@ -256,7 +260,7 @@ impl Containers {
         let facts = spec::adapt_process(&mut process, &container.ids)?;
         let seccomp = container.seccomp.clone().map(|filter| {
             let capabilities = spec::lend_sys_admin(&mut process);
-            ExecSeccomp { filter, capabilities }
+            Seccomp { filter, capabilities }
         });
         container.make_joinable()?;
         // The name has a character that no exec id has, so it is not another exec's.

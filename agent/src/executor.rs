@@ -2,8 +2,8 @@
 //!
 //! Here because three things matter to a caller that libcontainer's executor does not do: a command that is missing
 //! or cannot be executed is told apart from every other failure and named as runc names it; the environment reaches
-//! the workload as the spec has it, in order; and an exec gets the container's seccomp filter, which libcontainer
-//! applies to the init process only.
+//! the workload as the spec has it, in order; and the seccomp filter is [the agent's](crate::seccomp), for execs too,
+//! which libcontainer leaves without.
 
 use std::cell::RefCell;
 use std::ffi::CString;
@@ -23,6 +23,7 @@ use oci_spec::runtime::{Hook, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 
 use crate::helper::{Record, Reporter};
 use crate::hooks;
+use crate::seccomp::Filter;
 
 /// Where commands are looked for when the environment has no PATH, as other runtimes' images have it.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -34,8 +35,8 @@ pub struct Workload {
     pub reporter: Reporter,
     /// The environment names no HOME: the container's /etc/passwd does.
     pub wants_home: bool,
-    /// Filter of the container, for an exec, and the capabilities to keep once it is loaded.
-    pub seccomp: Option<Rc<ExecSeccomp>>,
+    /// Filter of the container, and the capabilities to keep once it is loaded.
+    pub seccomp: Option<Rc<Seccomp>>,
     /// What to run before the workload of an init.
     pub start_hooks: Option<Rc<StartHooks>>,
     found: RefCell<Option<PathBuf>>,
@@ -52,7 +53,7 @@ pub struct StartHooks {
 }
 
 /// A seccomp filter that this executor must load.
-pub struct ExecSeccomp {
+pub struct Seccomp {
     /// The container's filter.
     pub filter: LinuxSeccomp,
     /// What the spec gives the process. Until the filter is loaded it also has CAP_SYS_ADMIN.
@@ -64,7 +65,7 @@ impl Workload {
     pub fn new(
         reporter: Reporter,
         wants_home: bool,
-        seccomp: Option<ExecSeccomp>,
+        seccomp: Option<Seccomp>,
         start_hooks: Option<StartHooks>,
     ) -> Self {
         Self {
@@ -117,12 +118,12 @@ impl Executor for Workload {
 
         set_window_size(process);
         restore_signals();
+        if let Some(seccomp) = &self.seccomp {
+            load_filter(seccomp).map_err(|e| self.fail(Record::Failed(e)))?;
+        }
         if let Some(start) = &self.start_hooks {
             let state = hooks::state(spec, &start.container_id, &start.bundle);
             hooks::run(&start.hooks, &state, &environment).map_err(|e| self.fail(Record::Failed(e)))?;
-        }
-        if let Some(seccomp) = &self.seccomp {
-            load_filter(seccomp).map_err(|e| self.fail(Record::Failed(e)))?;
         }
         let Err(errno) = execve(&command, &args, &env);
         let name = &args[0].to_string_lossy();
@@ -224,12 +225,11 @@ fn restore_signals() {
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
 }
 
-fn load_filter(seccomp: &ExecSeccomp) -> Result<(), String> {
-    libcontainer::seccomp::initialize_seccomp(&seccomp.filter)
-        .map_err(|e| format!("loading linux.seccomp for the exec: {e}"))?;
+fn load_filter(seccomp: &Seccomp) -> Result<(), String> {
+    Filter::of(&seccomp.filter)?.load().map_err(|e| format!("loading linux.seccomp: {}", e.desc()))?;
     if let Some(capabilities) = &seccomp.capabilities {
         drop_privileges(capabilities, create_syscall().as_ref())
-            .map_err(|e| format!("setting process.capabilities of the exec: {e}"))?;
+            .map_err(|e| format!("setting process.capabilities: {e}"))?;
     }
     Ok(())
 }

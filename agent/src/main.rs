@@ -28,6 +28,7 @@ mod pod;
 mod processes;
 mod reaper;
 mod sandbox;
+mod seccomp;
 mod service;
 mod spec;
 mod stdio;

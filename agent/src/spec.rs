@@ -20,6 +20,8 @@ use crate::mounts::{self, Finish};
 pub struct Adapted {
     /// For libcontainer.
     pub spec: Spec,
+    /// `linux.seccomp`, which the executor applies: see [`crate::seccomp`].
+    pub seccomp: Option<LinuxSeccomp>,
     /// `linux.resources`, which the agent applies: see [`crate::cgroup`].
     pub resources: Option<LinuxResources>,
     /// `linux.sysctl` of the network. The container lives in the VM's own network namespace, where libcontainer
@@ -114,9 +116,11 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
         return Err(invalid("linux.netDevices cannot be honoured: the devices are the host's"));
     }
-    if let Some(seccomp) = linux.seccomp() {
+    let seccomp = linux.seccomp().clone();
+    if let Some(seccomp) = &seccomp {
         refuse_notify(seccomp)?;
     }
+    linux.set_seccomp(None);
     let own_pid_namespace =
         linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Pid && n.path().is_none());
     let in_pod_pid_namespace = linux.namespaces().iter().flatten().any(|namespace| {
@@ -138,6 +142,7 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     linux.set_resources(None).set_cgroups_path(Some(PathBuf::from(cgroup_path)));
     Ok(Adapted {
         spec,
+        seccomp,
         resources,
         network_sysctls,
         process: facts,
@@ -203,7 +208,7 @@ fn keep_no_unnamed_capability(process: &mut Process) {
     process.set_capabilities(Some(sets));
 }
 
-/// Gives an exec that gets a seccomp filter without no_new_privs the right to load it; returns what it must be left
+/// Gives a process that gets a seccomp filter without no_new_privs the right to load it; returns what it must be left
 /// with once the filter is loaded.
 pub fn lend_sys_admin(process: &mut Process) -> Option<LinuxCapabilities> {
     if process.no_new_privileges() == Some(true) {
@@ -408,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exec_is_lent_what_seccomp_needs_and_no_more() {
+    fn a_process_is_lent_what_seccomp_needs_and_no_more() {
         let process = |no_new_privileges: bool| -> Process {
             serde_json::from_value(json!({
                 "cwd": "/", "args": ["sh"], "user": {"uid": 0, "gid": 0}, "noNewPrivileges": no_new_privileges,

@@ -269,10 +269,11 @@ fn newer_limits_stand_in_the_cgroup() {
 fn seccomp_actions_mean_what_they_mean_to_runc() {
     // A call's answer, or how it ended the process that made it.
     let script = r#"
-        for (["mkdir", 83], ["sethostname", 170], ["kill", 62], ["personality", 135], ["getppid", 110]) {
+        for (["mkdir", 83], ["sethostname", 170], ["kill", 62], ["personality", 135], ["getppid", 110],
+                ["sched_get_priority_max", 146], ["newer than the filter", 1000]) {
             my ($name, $number) = @$_;
             pipe R, W;
-            if (!fork) { $! = 0; my $r = syscall($number, $number == 135 ? 8 : 0, 0); syswrite W, "$r " . ($! + 0); exec "/bin/true" }
+            if (!fork) { $! = 0; my $r = syscall($number, $number == 135 ? 8 : $number == 146 ? 0x100 : 0, 0); syswrite W, "$r " . ($! + 0); exec "/bin/true" }
             wait; close W; my $answer = <R>; $answer = "" unless defined $answer;
             $answer = "fine" if $number == 110 && $answer !~ /^-1/;
             print "$name [$answer] $?\n";
@@ -292,6 +293,8 @@ fn seccomp_actions_mean_what_they_mean_to_runc() {
                   "args": [{ "index": 0, "value": 8, "op": "SCMP_CMP_EQ" }] },
                 { "names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 79,
                   "args": [{ "index": 1, "value": 255, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ" }] },
+                { "names": ["sched_get_priority_max"], "action": "SCMP_ACT_ERRNO", "errnoRet": 82,
+                  "args": [{ "index": 0, "value": 0xf00, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ" }] },
             ]
         })
     };
