@@ -7,7 +7,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -28,7 +28,7 @@ const TICK: Duration = Duration::from_millis(10);
 pub fn run(hooks: &[Hook], state: &[u8], env: &[String]) -> Result<(), String> {
     hooks.iter().try_for_each(|hook| {
         run_one(hook, state, env)
-            .map_err(|e| format!("the startContainer hook {}: {e}", hook.path().display()))
+            .map_err(|e| format!("error running hook: startContainer {}: {e}", hook.path().display()))
     })
 }
 
@@ -74,7 +74,23 @@ fn run_one(hook: &Hook, state: &[u8], env: &[String]) -> Result<(), String> {
     output.seek(SeekFrom::Start(0)).map_err(failed)?;
     output.take(STDERR_MAX).read_to_end(&mut stderr).map_err(failed)?;
     let stderr = String::from_utf8_lossy(&stderr).trim().replace('\n', "; ");
-    Err(format!("it failed with {status}: {stderr}"))
+    Err(format!("it failed with {}: {stderr}", how(status)))
+}
+
+/// As runc says it.
+fn how(status: ExitStatus) -> String {
+    match status.signal() {
+        // SAFETY: strsignal(3) gives a string that stays as it is until the next call; the agent has one thread.
+        Some(signal) => match unsafe { libc::strsignal(signal).as_ref() } {
+            Some(name) => {
+                // SAFETY: as above.
+                let name = unsafe { CStr::from_ptr(name) };
+                format!("signal: {}", name.to_string_lossy().to_lowercase())
+            }
+            None => status.to_string(),
+        },
+        None => status.to_string(),
+    }
 }
 
 /// `None` when it had to be killed.
