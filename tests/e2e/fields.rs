@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     case!(read_only_dev),
     case!(tmpfs_is_filled_from_the_root),
     case!(later_mounts_of_the_host_appear_unless_private),
+    case!(read_only_is_the_mount_and_not_what_is_below),
     case!(users_of_a_namespace_are_mapped),
     case!(limits_mean_what_they_mean_to_runc),
     case!(newer_limits_stand_in_the_cgroup).stockade_only(NEWER),
@@ -191,6 +192,24 @@ fn later_mounts_of_the_host_appear_unless_private() {
     umount(&inner).unwrap();
     umount(source.path()).unwrap();
     assert_eq!(ended.text(), "ready\n/private/inner:\n\n/slave/inner:\nlater\n");
+}
+
+fn read_only_is_the_mount_and_not_what_is_below() {
+    let source = host_scratch();
+    mount(Some("tmpfs"), source.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    let inner = source.path().join("in ner");
+    fs::create_dir(&inner).unwrap();
+    mount(Some("tmpfs"), &inner, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    let script =
+        "for path in /ro /ro/in*ner /rro /rro/in*ner; do touch \"$path/new\" && echo \"$path\"; done 2>&1";
+    let bundle = Bundle::sh(script)
+        .bind(source.path(), "/ro", &["ro"])
+        .bind(source.path(), "/rro", &["rro"])
+        .writable();
+    let text = alike(&bundle).text();
+    umount(&inner).unwrap();
+    umount(source.path()).unwrap();
+    assert_eq!(text.lines().filter(|line| line.starts_with('/')).count(), 1, "{text}");
 }
 
 fn users_of_a_namespace_are_mapped() {

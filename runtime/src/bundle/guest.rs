@@ -6,6 +6,9 @@
 //! to the host (its hooks, cgroup path, network namespace, the limits that only it can set) is gone. What a bundle
 //! makes read-only the host binds read-only, so that the guest cannot change its mind.
 
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
@@ -138,6 +141,17 @@ pub fn adapt_with(
             follows: follows(mount).unwrap_or(root_follows),
         });
         number += 1;
+        // In the guest it is one mount with all that is below, where `ro` says nothing of that. One that the host has
+        // not bound for this container alone may be writable there.
+        if bind.as_ref().is_some_and(|bind| {
+            (bind.recursive, bind.readonly) == (true, ReadOnly::Top) && has_mounts_below(&bind.source)
+        }) {
+            mount.options_mut().iter_mut().flatten().for_each(|option| {
+                if option == "ro" {
+                    *option = "rw".into();
+                }
+            });
+        }
         binds.extend(bind);
         shown.target = Some(target.clone());
         mounts.push(shown);
@@ -226,6 +240,36 @@ fn follows(mount: &Mount) -> Option<bool> {
     })
 }
 
+/// Whether something else is mounted somewhere below a directory of the host.
+fn has_mounts_below(source: &Path) -> bool {
+    let Ok(source) = source.canonicalize() else { return false };
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    // proc_pid_mountinfo(5): the fifth field is the mount point, with odd characters as octal numbers.
+    mounts.lines().filter_map(|line| line.split(' ').nth(4)).any(|point| {
+        let point = unescape(point);
+        point.starts_with(&source) && point != source
+    })
+}
+
+fn unescape(field: &str) -> PathBuf {
+    let mut bytes = Vec::new();
+    let mut rest = field.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let octal = |digits: &[u8]| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok();
+        match tail.get(..3).filter(|_| *first == b'\\').and_then(octal) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = tail.get(3..).unwrap_or_default();
+            }
+            None => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
 fn is_recursive(mount: &Mount) -> bool {
     mount.options().iter().flatten().any(|option| option == "rbind")
 }
@@ -233,6 +277,7 @@ fn is_recursive(mount: &Mount) -> bool {
 /// As with mount(8), the last word counts.
 fn readonly(mount: &Mount) -> ReadOnly {
     mount.options().iter().flatten().fold(ReadOnly::No, |so_far, option| match option.as_str() {
+        "ro" if so_far == ReadOnly::All => so_far,
         "ro" => ReadOnly::Top,
         "rro" => ReadOnly::All,
         "rw" | "rrw" => ReadOnly::No,
@@ -320,6 +365,14 @@ mod tests {
                 "startContainer": [{"path": "/bin/true", "args": ["true"]}],
             })
         );
+    }
+
+    #[test]
+    fn only_mounts_below_count_as_such() {
+        assert!(has_mounts_below(Path::new("/")));
+        assert!(!has_mounts_below(Path::new("/proc/self/fd")));
+        assert_eq!(unescape("/a\\040b\\134c"), Path::new("/a b\\c"));
+        assert_eq!(unescape("/a\\9"), Path::new("/a\\9"));
     }
 
     #[test]
