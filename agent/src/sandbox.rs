@@ -33,6 +33,12 @@ pub fn set_up(request: &SetupSandboxRequest) -> Result<(), Error> {
     if !request.entropy.is_empty() {
         credit_entropy(&request.entropy)?;
     }
+    for (file, name) in [("hostname", &request.hostname), ("domainname", &request.domainname)] {
+        if !name.is_empty() {
+            fs::write(format!("/proc/sys/kernel/{file}"), name)
+                .map_err(|e| Error::os(format!("setting the {file} to {name:?}"), e))?;
+        }
+    }
     mount_share(&request.share_tag)
 }
 

@@ -13,6 +13,7 @@ const NEWER: &str = "newer than the lab's runc";
 pub const CASES: &[Case] = &[
     case!(process_fields_mean_what_they_mean_to_runc),
     case!(missing_working_directory_is_made),
+    case!(names_that_are_not_given_are_the_hosts),
     case!(mount_options_mean_what_they_mean_to_runc),
     case!(read_only_paths_keep_their_other_flags),
     case!(read_only_dev),
@@ -94,6 +95,16 @@ fn process_fields_mean_what_they_mean_to_runc() {
     // Nothing that the bundle does not name is left of what the runtime has.
     let script = "id -G; umask; grep -E '^(Cap|NoNewPrivs|Groups)' /proc/self/status; env | sort";
     alike(&Bundle::debian(script).remove("/process/capabilities")).code(0);
+}
+
+fn names_that_are_not_given_are_the_hosts() {
+    let script = "hostname; cat /proc/sys/kernel/domainname";
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let unnamed = || Bundle::sh(script).remove("/hostname");
+    for bundle in [unnamed(), unnamed().without_namespace("uts")] {
+        let ended = alike(&bundle);
+        assert!(ended.text().starts_with(&host), "{ended:?}");
+    }
 }
 
 fn missing_working_directory_is_made() {
