@@ -21,6 +21,8 @@ pub const CASES: &[Case] = &[
     case!(limits_of_the_host_stand_there),
     case!(guest_kills_for_memory_before_the_host).stockade_only(VM),
     case!(cgroup_in_use_is_refused).stockade_only("the lab's runc takes it"),
+    case!(frozen_cgroup_is_refused),
+    case!(limits_without_a_name_have_a_cgroup_where_runc_makes_it),
 ];
 
 fn on_host(path: &str) -> PathBuf {
@@ -156,6 +158,31 @@ fn guest_kills_for_memory_before_the_host() {
     assert!((64 << 20..most).contains(&used), "{used} of {most}");
     container.program.write("end\n");
     container.finish();
+}
+
+fn frozen_cgroup_is_refused() {
+    let path = fresh();
+    fs::create_dir(on_host(&path)).unwrap();
+    fs::write(on_host(&path).join("cgroup.freeze"), "1").unwrap();
+    let bundle = Bundle::idle().set("/linux/cgroupsPath", path.as_str());
+    let reason = Runtime::under_test().run(&bundle).refused();
+    assert!(reason.contains("container's cgroup unexpectedly frozen"), "{reason}");
+    fs::remove_dir(on_host(&path)).unwrap();
+}
+
+fn limits_without_a_name_have_a_cgroup_where_runc_makes_it() {
+    let bundle = Bundle::idle().set("/linux/resources/pids", json!({ "limit": 100 }));
+    let container = Runtime::under_test().create(&bundle);
+    let path = format!("/{}", container.id.as_str());
+    assert_eq!(cgroup_of(container.pid()), format!("0::{path}"));
+    // With all that the host has, for its container and what that may make below.
+    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap();
+    assert_eq!(read(&path, "cgroup.controllers"), controllers);
+    let pid = container.pid();
+    container.kill("KILL");
+    container.wait_stopped(pid);
+    container.delete();
+    assert!(!on_host(&path).exists());
 }
 
 fn cgroup_in_use_is_refused() {

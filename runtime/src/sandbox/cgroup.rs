@@ -2,8 +2,8 @@
 //! guest's memory is accounted there. The VMM's has no controller, so that the limits are those of both, but the VMM can
 //! be told from the supervisor, and be killed or frozen with all that it might have become.
 //!
-//! It is the one that `linux.cgroupsPath` names. Where a bundle names none there is none, unless it asks for limits
-//! that only the host can set: then it is where runc would make it. Limits are those of the workload and what the VM
+//! It is the one that `linux.cgroupsPath` names. Where a bundle names none there is none, unless it asks for limits:
+//! then it is where runc would make it. Limits are those of the workload and what the VM
 //! needs besides, so that the guest's own OOM killer and scheduler act first. `delete` removes it, from the state
 //! alone; the parents that had to be made stay, as under runc.
 
@@ -25,8 +25,6 @@ use crate::size::{CPU_PERIOD, VmSize};
 const ROOT: &str = "/sys/fs/cgroup";
 /// There when systemd runs the host (sd_booted(3)).
 const SYSTEMD: &str = "/run/systemd/system";
-/// Controllers that a limit may need.
-const CONTROLLERS: [&str; 5] = ["cpu", "memory", "io", "pids", "cpuset"];
 /// What supervisor and VMM need beside the guest's memory: 5 MiB seen, with room for requests under way.
 const OVERHEAD: u64 = 32 << 20;
 /// Of guest memory, for page tables on both sides of the wall (8 bytes for each 4 KiB, twice) with some to spare.
@@ -46,8 +44,13 @@ pub enum Error {
     #[error("linux.resources.{field} cannot be honoured: {why}; remove it")]
     NoCgroup { field: &'static str, why: &'static str },
     /// somebody else's
-    #[error("linux.cgroupsPath: the cgroup {0} is not empty: name another, or end what is in it")]
+    #[error(
+        "container's cgroup is not empty: name another in linux.cgroupsPath than {0}, or end what is in it"
+    )]
     NotEmpty(PathBuf),
+    /// nothing would run in it
+    #[error("container's cgroup unexpectedly frozen: thaw {0}, or name another in linux.cgroupsPath")]
+    Frozen(PathBuf),
     /// a limit cannot be applied
     #[error("{field} cannot be applied on the host ({file} = {value:?}): {source}")]
     Limit { field: &'static str, file: String, value: String, source: io::Error },
@@ -70,7 +73,7 @@ pub enum Place {
 pub fn place(spec: &Spec, limits: &LinuxResources, id: &str, systemd: bool) -> Result<Place, Error> {
     let named = named(spec);
     let wanted = only_on_host(limits);
-    if named.as_os_str().is_empty() && wanted.is_none() {
+    if named.as_os_str().is_empty() && !any(limits) {
         return Ok(Place::Callers);
     }
     let why = if !matches!(statfs(ROOT), Ok(found) if found.filesystem_type() == CGROUP2_SUPER_MAGIC) {
@@ -96,6 +99,15 @@ fn named(spec: &Spec) -> &Path {
 pub fn is_systemd_path(spec: &Spec) -> bool {
     let named = named(spec).to_string_lossy();
     !named.contains('/') && named.split(':').count() == 3
+}
+
+/// Whether there are limits at all.
+fn any(limits: &LinuxResources) -> bool {
+    let vm = VmSize { vcpus: 1, memory: 0 };
+    let is_some = |map: Option<usize>| map.is_some_and(|len| len > 0);
+    !settings(limits, vm).is_empty()
+        || limits.pids().is_some()
+        || is_some(limits.unified().as_ref().map(|unified| unified.len()))
 }
 
 /// The first limit that only the host can set.
@@ -252,20 +264,32 @@ fn make(path: &Path) -> Result<(), Error> {
     let mut ancestors: Vec<&Path> = parent.ancestors().take_while(|dir| dir.starts_with(ROOT)).collect();
     ancestors.reverse();
     for dir in ancestors {
-        for controller in CONTROLLERS {
-            // One that cannot be had is missed only by the limit that needs it, which then says so.
-            let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
-        }
+        pass_controllers_on(dir);
     }
     match fs::create_dir(path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
             let populated = fs::read_to_string(path.join("cgroup.events")).map_err(failed)?;
+            let frozen = fs::read(path.join("cgroup.freeze")).is_ok_and(|text| text.trim_ascii() == b"1");
             match populated.lines().any(|line| line == "populated 0") {
+                true if frozen => Err(Error::Frozen(path.to_owned())),
                 true => Ok(()),
                 false => Err(Error::NotEmpty(path.to_owned())),
             }
         }
         made => made.map_err(failed),
+    }
+}
+
+/// Lets the cgroups below have every controller there is, as runc does.
+fn pass_controllers_on(dir: &Path) {
+    let controllers = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
+    let words: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
+    let file = dir.join("cgroup.subtree_control");
+    if fs::write(&file, words.join(" ")).is_err() {
+        for word in words {
+            // One that cannot be had is missed only by the limit that needs it, which then says so.
+            let _ = fs::write(&file, word);
+        }
     }
 }
 
@@ -340,6 +364,9 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) {
             settings.push(set("linux.resources.cpu.quota", "cpu.max", value));
         }
         Some(_) => settings.push(set("linux.resources.cpu.quota", "cpu.max", format!("max {period}"))),
+        None if cpu.period().is_some_and(|period| period != 0) => {
+            settings.push(set("linux.resources.cpu.period", "cpu.max", format!("max {period}")));
+        }
         None => {}
     }
     for (field, file, list) in [
@@ -454,8 +481,16 @@ mod tests {
             place(&bundle.spec, &bundle.limits(), "c1", false)
         };
         assert_eq!(place_of(json!({})).unwrap(), Place::Callers);
-        let guests = json!({"memory": {"limit": 99 << 20}, "cpu": {"quota": 5000, "cpus": ""}, "blockIO": {"weight": 0}});
-        assert_eq!(place_of(json!({"linux": {"resources": guests}})).unwrap(), Place::Callers);
+        let none = json!({"memory": {}, "cpu": {"cpus": ""}, "blockIO": {"weight": 0}, "devices": [{"allow": false}]});
+        assert_eq!(place_of(json!({"linux": {"resources": none}})).unwrap(), Place::Callers);
+        for limits in [
+            json!({"memory": {"limit": 99 << 20}}),
+            json!({"cpu": {"quota": 5000}}),
+            json!({"pids": {"limit": 5}}),
+            json!({"unified": {"pids.max": "5"}}),
+        ] {
+            assert!(any(&serde_json::from_value(limits.clone()).unwrap()), "{limits}");
+        }
         for (limits, field) in [
             (json!({"blockIO": {"weight": 10}}), "blockIO"),
             (json!({"cpu": {"mems": "0"}}), "cpu.mems"),
@@ -481,6 +516,7 @@ mod tests {
             [("cpu.weight", "39".into()), ("cpu.max", "120000 100000".into()), ("cpuset.cpus", "1-2".into())]
         );
         assert_eq!(of(json!({"memory": {"limit": -1}, "cpu": {"quota": -1}}), vm)[1].1, "max 100000");
+        assert_eq!(of(json!({"cpu": {"period": 50_000}}), vm), [("cpu.max", "max 50000".into())]);
         assert_eq!(of(json!({"pids": {"limit": 5}, "unified": {"memory.high": "1"}}), vm), []);
     }
 
