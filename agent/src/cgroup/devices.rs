@@ -187,6 +187,8 @@ fn access(letters: &str) -> Result<u32, Error> {
         'r' => Ok(access | READ),
         'w' => Ok(access | WRITE),
         'm' => Ok(access | MKNOD),
+        // The host takes it in rules that deny.
+        'a' => Ok(access | ALL),
         other => Err(Error::Invalid(format!(
             "linux.resources.devices: {other:?} is no access, only r, w and m are"
         ))),

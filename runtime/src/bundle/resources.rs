@@ -33,7 +33,9 @@ pub fn check(limits: &LinuxResources) -> Result<(), Error> {
             }
         }
         let access = rule.access().as_deref().unwrap_or_default();
-        if access.chars().any(|letter| !"rwm".contains(letter)) {
+        // To deny `a` is to deny all: so runc's callers mean it, and runc takes it.
+        let letters = if rule.allow() { "rwm" } else { "rwma" };
+        if access.chars().any(|letter| !letters.contains(letter)) {
             return value(&field("access"), access, "use the letters r, w and m");
         }
     }
@@ -103,6 +105,7 @@ mod tests {
             (json!({"rdma": {"mlx5_1": {"hcaHandles": 3}}}), "linux.resources.rdma"),
             (json!({"devices": [{"allow": true, "type": "p"}]}), "linux.resources.devices[0].type"),
             (json!({"devices": [{"allow": true, "access": "x"}]}), "linux.resources.devices[0].access"),
+            (json!({"devices": [{"allow": true, "access": "rwa"}]}), "linux.resources.devices[0].access"),
             (json!({"devices": [{"allow": true, "major": -2}]}), "linux.resources.devices[0].major"),
             (json!({"unified": {"a/b": "1"}}), "linux.resources.unified"),
             (json!({"blockIO": {"leafWeight": 500}}), "linux.resources.blockIO.leafWeight"),
