@@ -221,7 +221,7 @@ impl Containers {
     /// Runs a further process in a container.
     pub async fn exec(&self, request: ExecRequest) -> Result<Pid, Error> {
         let container = self.get(&request.container_id)?;
-        let exec_id = request.exec_id;
+        let exec_id = request.exec_id.clone();
         check_id(&exec_id).map_err(|e| Error::Invalid(format!("exec_id: {e}")))?;
         if exec_id == "-" {
             return Err(Error::Invalid("exec_id: \"-\" stands for the container's init".into()));
@@ -234,7 +234,7 @@ impl Containers {
             }
             execs.insert(exec_id.clone(), None);
         }
-        match self.join(&container, &exec_id, &request.process, &request.stdio).await {
+        match self.join(&container, &exec_id, &request).await {
             Ok(process) => {
                 let pid = process.pid;
                 lock(&container.execs).insert(exec_id, Some(process));
@@ -252,10 +252,10 @@ impl Containers {
         &self,
         container: &Container,
         exec_id: &str,
-        process: &[u8],
-        wanted: &Wanted,
+        request: &ExecRequest,
     ) -> Result<Arc<Process>, Error> {
-        let mut process: ProcessSpec = serde_json::from_slice(process)
+        let wanted: &Wanted = &request.stdio;
+        let mut process: ProcessSpec = serde_json::from_slice(&request.process)
             .map_err(|e| Error::Invalid(format!("the process of the exec cannot be read: {e}")))?;
         let facts = spec::adapt_process(&mut process, &container.ids)?;
         let seccomp = container.seccomp.clone().map(|filter| {
@@ -272,12 +272,24 @@ impl Containers {
         let Streams { child, ends, console, console_path } = Streams::open(wanted, &facts)?;
         let name = container.id.clone();
         let path = file.clone();
+        let (cgroup, asked) = (container.cgroup.clone(), request.cgroup.clone());
+        let below = match asked.as_str() {
+            "" => container.cgroup.place_beside(container.init.pid),
+            asked => Some(asked.trim_matches('/').to_owned()).filter(|below| !below.is_empty()),
+        };
         let mut helper = Helper::fork(&self.reaper, move |reporter| {
+            // libcontainer would make one that is not there, and says less of one that takes no processes.
+            if !asked.is_empty()
+                && let Err(e) = cgroup.try_to_join(below.as_deref())
+            {
+                return Record::Failed(e);
+            }
             let workload = Workload::new(reporter, facts.wants_home, seccomp, None);
             let made = builder(&name, workload, child).and_then(|builder| {
                 builder
                     .with_console_socket(console_path)
                     .as_tenant()
+                    .with_sub_cgroup(below)
                     .with_detach(true)
                     .with_process(Some(path))
                     .build()

@@ -34,6 +34,7 @@ fn describe_one(pid: Pid, ticks: u64, booted: u64) -> Option<Process> {
         started: booted + stat.started_ticks / ticks,
         tty: terminal_name(stat.tty),
         command: command(&arguments, &stat.name),
+        state: stat.state,
         ..Default::default()
     })
 }
@@ -42,6 +43,7 @@ fn describe_one(pid: Pid, ticks: u64, booted: u64) -> Option<Process> {
 #[derive(Debug, PartialEq, Eq)]
 struct Stat {
     name: String,
+    state: String,
     ppid: u32,
     tty: u32,
     ticks: u64,
@@ -56,8 +58,20 @@ impl Stat {
         let fields: Vec<&str> = text.get(after + 1..)?.split_ascii_whitespace().collect();
         // fields[0] is the third field, state.
         let number = |field: usize| fields.get(field - 3)?.parse::<i64>().ok();
+        let mut state = fields.first()?.to_string();
+        // As ps(1) has them: niceness, leader of a session, threads, foreground of a terminal.
+        let pid = text.split(' ').next()?.parse::<i64>().ok()?;
+        let flags = [
+            ('<', number(19)? < 0),
+            ('N', number(19)? > 0),
+            ('s', number(6)? == pid),
+            ('l', number(20)? > 1),
+            ('+', number(5)? == number(8)?),
+        ];
+        state.extend(flags.into_iter().filter(|(_, holds)| *holds).map(|(flag, _)| flag));
         Some(Stat {
             name,
+            state,
             ppid: number(4)? as u32,
             tty: number(7)? as u32,
             ticks: number(14)? as u64 + number(15)? as u64,
@@ -90,10 +104,19 @@ mod tests {
     #[test]
     fn a_name_may_contain_anything() {
         let text = "42 (a) b (c) S 7 42 42 34817 42 4194304 96 0 0 0 25 13 0 0 20 0 1 0 1234 4198400 0 0\n";
-        let stat = Stat { name: "a) b (c".into(), ppid: 7, tty: 34817, ticks: 38, started_ticks: 1234 };
+        let stat = Stat {
+            name: "a) b (c".into(),
+            state: "Ss+".into(),
+            ppid: 7,
+            tty: 34817,
+            ticks: 38,
+            started_ticks: 1234,
+        };
         assert_eq!(Stat::parse(text), Some(stat));
         assert_eq!(Stat::parse("42 (cut"), None);
         assert_eq!(Stat::parse("42 (sh) S 1"), None);
+        let text = "43 (a) R 7 40 42 34817 42 4194304 96 0 0 0 25 13 0 0 39 19 3 0 1234 4198400 0 0\n";
+        assert_eq!(Stat::parse(text).unwrap().state, "RNl");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::json;
 
-use crate::harness::{Bundle, Case, Exit, Runtime, Stdin, case, host_scratch};
+use crate::harness::{Bundle, Case, Container, Exit, Runtime, Stdin, case, host_scratch};
 
 pub const CASES: &[Case] = &[
     case!(exit_code_streams_and_stdin_of_an_exec),
@@ -14,6 +14,9 @@ pub const CASES: &[Case] = &[
     case!(first_execs_that_come_together_all_run),
     case!(detached_exec_has_a_host_process),
     case!(exec_of_a_missing_command_is_named_and_harms_nothing),
+    case!(exec_that_cannot_run_ends_with_255),
+    case!(exec_is_where_the_init_is_if_its_cgroup_takes_no_processes),
+    case!(exec_joins_the_cgroup_that_it_is_told),
     case!(exec_ends_with_its_container),
 ];
 
@@ -64,6 +67,9 @@ fn process_file_describes_the_exec() {
     let options = ["--process", file.to_str().unwrap()];
     let ended = container.start_exec(&options, &[], Stdin::Null).finish().code(21);
     assert_eq!(ended.text(), "11\n12 13\n/dev\nthis\n77\nCapBnd:\t0000000000000001\n");
+    // What runc's callers may leave out.
+    fs::write(&file, json!({ "args": ["sh", "-c", "id -u; id -G"], "cwd": "/" }).to_string()).unwrap();
+    assert_eq!(container.start_exec(&options, &[], Stdin::Null).finish().ok(), "0\n0\n");
 }
 
 fn two_execs_run_at_once() {
@@ -112,6 +118,65 @@ fn exec_of_a_missing_command_is_named_and_harms_nothing() {
     let reason = container.start_exec(&[], &["no-such-program"], Stdin::Null).finish().refused();
     assert!(reason.contains("no-such-program"), "{reason}");
     assert_eq!(container.exec("echo still").ok(), "still\n");
+}
+
+/// The workload may well end with 1, and callers tell the two apart.
+fn exec_that_cannot_run_ends_with_255() {
+    let container = Runtime::under_test().idle();
+    let exec = |options: &[&str], command: &str| {
+        container.start_exec(options, &[command], Stdin::Null).finish().code(255);
+    };
+    exec(&[], "no-such-program");
+    exec(&["--pid-file", "/no/where/pid"], "true");
+    exec(&["--detach"], "no-such-program");
+    exec(&["--cwd", "relative"], "true");
+    Runtime::under_test().call(&["exec", "e2e-none", "true"]).code(255);
+    container.op("pause").ok();
+    let stderr = container.start_exec(&[], &["true"], Stdin::Null).finish().code(255).stderr;
+    assert!(stderr.contains("cannot exec in a paused container"), "{stderr}");
+    container.op("resume").ok();
+    container.exec("exit 1").code(1);
+}
+
+/// A container that may make cgroups of its own, as systemd does.
+fn with_cgroups() -> Container {
+    let cgroup = json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup" });
+    let container = Runtime::under_test().start(&Bundle::idle().set("/mounts/6", cgroup), Stdin::Null);
+    container.program.expect_line("ready");
+    container
+}
+
+fn exec_is_where_the_init_is_if_its_cgroup_takes_no_processes() {
+    let container = with_cgroups();
+    container.exec("mkdir /sys/fs/cgroup/init.scope && echo 1 >/sys/fs/cgroup/init.scope/cgroup.procs").ok();
+    assert_eq!(container.exec("cat /proc/self/cgroup").ok(), "0::/\n");
+    let script = "cd /sys/fs/cgroup; echo $$ >init.scope/cgroup.procs; echo +memory >cgroup.subtree_control";
+    container.exec(script).ok();
+    assert_eq!(container.exec("cat /proc/self/cgroup").ok(), "0::/init.scope\n");
+    // Nothing of it is left behind.
+    container.kill("KILL");
+    container.finish().code(137);
+}
+
+fn exec_joins_the_cgroup_that_it_is_told() {
+    let container = with_cgroups();
+    let exec = |cgroup: &str| {
+        let command = ["cat", "/proc/self/cgroup"];
+        container.start_exec(&["--cgroup", cgroup], &command, Stdin::Null).finish()
+    };
+    container.exec("mkdir -p /sys/fs/cgroup/a/b").ok();
+    assert_eq!(exec("a/b").ok(), "0::/a/b\n");
+    assert_eq!(exec("/a").ok(), "0::/a\n");
+    assert_eq!(exec("/").ok(), "0::/\n");
+    let stderr = exec("..").code(255).stderr;
+    assert!(stderr.contains(" .. is not a sub cgroup path"), "{stderr}");
+    let stderr = exec("none").code(255).stderr;
+    assert!(stderr.contains("/none/cgroup.procs: no such file"), "{stderr}");
+    container.exec("[ ! -e /sys/fs/cgroup/none ]").code(0);
+    let script = "cd /sys/fs/cgroup; echo 1 >a/b/cgroup.procs; echo $$ >a/b/cgroup.procs; echo +memory >cgroup.subtree_control";
+    container.exec(script).ok();
+    let stderr = exec("/").code(255).stderr;
+    assert!(stderr.contains("/cgroup.procs: device or resource busy"), "{stderr}");
 }
 
 fn exec_ends_with_its_container() {

@@ -233,6 +233,23 @@ fn ps_lists_the_containers_processes() {
         let containers = std::fs::read_to_string(format!("/proc/{}/cgroup", container.pid())).unwrap();
         assert_eq!(cgroup, containers, "{text}");
     }
+    // So do those of execs, detached ones too.
+    let dir = host_scratch();
+    let pid_file = dir.path().join("pid");
+    let options = ["--detach", "--pid-file", pid_file.to_str().unwrap()];
+    let mut detached = container.start_exec(&options, &["sleep", "100003"], Stdin::Null);
+    assert_eq!(detached.exit(), Exit::Code(0));
+    let mut exec = container.start_exec(&[], &["sh", "-c", "echo begun; exec sleep 100004"], Stdin::Null);
+    exec.expect_line("begun");
+    let text = container.op_with(&["ps", "--format", "json"], &[]).ok();
+    let with_execs: Vec<i64> = serde_json::from_str(&text).unwrap();
+    let recorded: i64 = std::fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
+    assert!(with_execs.contains(&recorded) && with_execs.contains(&exec.pid().into()), "{with_execs:?}");
+    for pid in [recorded as i32, exec.pid()] {
+        kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+    }
+    exec.finish().code(143);
+    wait_gone(recorded as i32);
     let table = container.op("ps").ok();
     assert!(table.lines().next().is_some_and(|head| head.contains("PID")), "{table}");
     assert_eq!(table.lines().count(), 4, "{table}");

@@ -138,6 +138,27 @@ impl Cgroup {
         write_file(&self.path.join(file), value)
     }
 
+    /// Where below it a further process has to be put: nowhere while it can have processes itself. One that passes
+    /// controllers on to cgroups below cannot, as under an init such as systemd; then it is where that init is.
+    pub fn place_beside(&self, init: Pid) -> Option<String> {
+        let passed_on = fs::read(self.path.join("cgroup.subtree_control")).ok()?;
+        if passed_on.trim_ascii().is_empty() {
+            return None;
+        }
+        let of_init = fs::read_to_string(format!("/proc/{init}/cgroup")).ok()?;
+        below(&of_init, &self.name)
+    }
+
+    /// Whether this process could join it or a cgroup below it, and why not. Afterwards it is where the agent is.
+    pub fn try_to_join(&self, below: Option<&str>) -> Result<(), String> {
+        let procs = self.path.join(below.unwrap_or("")).join("cgroup.procs");
+        let here = Path::new(ROOT).join("cgroup.procs");
+        write_file(&procs, "0").and_then(|()| write_file(&here, "0")).map_err(|e| {
+            let why = e.raw_os_error().map_or(e.to_string(), |e| Errno::from_raw(e).desc().to_lowercase());
+            format!("adding pid {} to cgroups {}: {why}", Pid::this(), procs.display())
+        })
+    }
+
     /// Ends every process in it and below.
     pub fn kill(&self) -> Result<(), Error> {
         match self.write("cgroup.kill", "1") {
@@ -305,4 +326,25 @@ fn collect_pids(path: &Path, pids: &mut Vec<Pid>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// From /proc/PID/cgroup the cgroup's path relative to `name`; none if that is it, or it is not below.
+fn below(of_process: &str, name: &str) -> Option<String> {
+    let path = of_process.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let below = path.strip_prefix(name)?.strip_prefix('/')?;
+    (!below.is_empty()).then(|| below.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::below;
+
+    #[test]
+    fn a_cgroup_below_is_one_with_more_to_its_path() {
+        assert_eq!(below("0::/stockade/c1/init.scope\n", "/stockade/c1"), Some("init.scope".into()));
+        assert_eq!(below("0::/stockade/c1/a/b\n", "/stockade/c1"), Some("a/b".into()));
+        for other in ["0::/stockade/c1\n", "0::/stockade/c10/x\n", "0::/\n", "1:cpu:/stockade/c1/x\n", ""] {
+            assert_eq!(below(other, "/stockade/c1"), None, "{other}");
+        }
+    }
 }

@@ -16,7 +16,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 use stockade_agent_protocol::resources::Refused;
 
 pub use oci_spec::runtime::Hook;
@@ -199,14 +199,38 @@ const SPELLINGS: [(&str, &str); 2] = [
 fn parse(text: &[u8]) -> Result<Spec, serde_json::Error> {
     serde_json::from_slice(text).or_else(|error| {
         let mut config: serde_json::Value = serde_json::from_slice(text)?;
-        let flags = config.pointer_mut("/process/scheduler/flags").and_then(|flags| flags.as_array_mut());
-        for flag in flags.into_iter().flatten() {
-            if let Some((_, theirs)) = SPELLINGS.iter().find(|(ours, _)| flag == ours) {
-                *flag = (*theirs).into();
-            }
+        if let Some(process) = config.get_mut("process") {
+            as_other_runtimes_read(process);
         }
         serde_json::from_value(config).map_err(|_| error)
     })
+}
+
+/// Reads a process object, of an exec.
+pub fn parse_process(text: &[u8]) -> Result<Process, serde_json::Error> {
+    serde_json::from_slice(text).or_else(|error| {
+        let mut process: serde_json::Value = serde_json::from_slice(text)?;
+        as_other_runtimes_read(&mut process);
+        serde_json::from_value(process).map_err(|_| error)
+    })
+}
+
+/// A user that is not given is root: callers of runc count on it.
+fn as_other_runtimes_read(process: &mut serde_json::Value) {
+    if let Some(process) = process.as_object_mut() {
+        let user = process.entry("user").or_insert_with(|| serde_json::json!({}));
+        for id in ["uid", "gid"] {
+            if let Some(user) = user.as_object_mut() {
+                user.entry(id).or_insert_with(|| 0.into());
+            }
+        }
+    }
+    let flags = process.pointer_mut("/scheduler/flags").and_then(|flags| flags.as_array_mut());
+    for flag in flags.into_iter().flatten() {
+        if let Some((_, theirs)) = SPELLINGS.iter().find(|(ours, _)| flag == ours) {
+            *flag = (*theirs).into();
+        }
+    }
 }
 
 /// What serde says names the value and the place in the file, but not the field: that is found by reading once

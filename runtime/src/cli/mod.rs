@@ -1,8 +1,8 @@
 //! The command line: what callers of runc know, one file a command.
 //!
 //! Commands read their arguments, do one thing, and print its result on standard output. An error is one line on
-//! standard error, and a record in the log if there is one; the exit code is then 1, except where it is that of a
-//! workload.
+//! standard error, and a record in the log if there is one; the exit code is then 1, or 255 from exec, except where it
+//! is that of a workload.
 
 mod check;
 mod create;
@@ -143,9 +143,20 @@ pub enum Error {
     /// The supervisor said so.
     #[error("{0}")]
     Refused(String),
+    /// An exec did not come to run.
+    #[error(transparent)]
+    Exec(Box<Error>),
 }
 
 impl Error {
+    /// As runc has them: 255 for an exec, whose workload may well end with 1.
+    fn exit_code(&self) -> u8 {
+        match self {
+            Error::Exec(_) => 255,
+            _ => 1,
+        }
+    }
+
     fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         move |e| Error::Io(what.into(), e)
     }
@@ -171,6 +182,8 @@ pub fn main(process_start_ns: u64) -> ExitCode {
             tracing::error!("{message}");
             let mut stderr = io::stderr().lock();
             let _ = writeln!(stderr, "stockade: {message}");
+            let code = e.exit_code();
+            let e = if let Error::Exec(e) = e { *e } else { e };
             if let Error::Sandbox(e) = &e
                 && !e.console().is_empty()
             {
@@ -179,7 +192,7 @@ pub fn main(process_start_ns: u64) -> ExitCode {
                     let _ = writeln!(stderr, "  {line}");
                 }
             }
-            ExitCode::FAILURE
+            ExitCode::from(code)
         }
     }
 }

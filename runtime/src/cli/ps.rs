@@ -7,8 +7,9 @@
 //! runc hands its options to the host's ps(1), which does not see into a VM; so the options that its callers use are
 //! understood here, and others refused.
 
-use super::list::columns;
-use super::{Error, Global, Outcome, ask, open, print, stopped};
+use std::fs;
+
+use super::{Error, Global, Outcome, ask, open, print};
 use crate::clock;
 use crate::printable::is_shown;
 use crate::sandbox::control::{ProcessInfo, Request, read_attachment};
@@ -25,6 +26,9 @@ const FULL: [Column; 8] = [
     Column::Args,
 ];
 
+/// What `ps x` shows.
+const BSD: [Column; 5] = [Column::Pid, Column::Tty, Column::State, Column::Time, Column::Line];
+
 /// What a process can be shown by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Column {
@@ -35,9 +39,12 @@ enum Column {
     Started,
     Elapsed,
     Tty,
+    State,
     Time,
     Command,
     Args,
+    /// The same under BSD's name.
+    Line,
 }
 
 impl Column {
@@ -51,6 +58,7 @@ impl Column {
             "stime" | "start_time" | "start" | "bsdstart" => Column::Started,
             "etime" => Column::Elapsed,
             "tty" | "tt" | "tname" => Column::Tty,
+            "stat" | "state" | "s" => Column::State,
             "time" | "cputime" | "bsdtime" => Column::Time,
             "comm" | "ucmd" | "ucomm" => Column::Command,
             "args" | "cmd" | "command" => Column::Args,
@@ -67,9 +75,25 @@ impl Column {
             Column::Started => "STIME",
             Column::Elapsed => "ELAPSED",
             Column::Tty => "TTY",
+            Column::State => "STAT",
             Column::Time => "TIME",
-            Column::Command => "COMMAND",
+            Column::Command | Column::Line => "COMMAND",
             Column::Args => "CMD",
+        }
+    }
+
+    /// How wide it is at least, and whether it stands to the right, as ps(1) has it.
+    fn layout(self) -> (usize, bool) {
+        match self {
+            Column::User | Column::Tty => (8, false),
+            Column::Pid | Column::Ppid => (7, true),
+            Column::CpuPercent => (2, true),
+            Column::Started => (5, false),
+            Column::Elapsed => (11, true),
+            Column::State => (4, false),
+            Column::Time => (8, true),
+            Column::Command => (15, false),
+            Column::Args | Column::Line => (27, false),
         }
     }
 
@@ -77,7 +101,7 @@ impl Column {
     fn of(self, process: &ProcessInfo, now: u64) -> String {
         let elapsed = now.saturating_sub(process.started);
         match self {
-            Column::User => process.uid.to_string(),
+            Column::User => user_name(process.uid),
             Column::Pid => process.pid.to_string(),
             Column::Ppid => process.ppid.to_string(),
             Column::CpuPercent => {
@@ -92,7 +116,8 @@ impl Column {
                 let program = process.command.split(' ').next().unwrap_or_default();
                 printable(program.rsplit('/').next().unwrap_or_default())
             }
-            Column::Args => printable(&process.command),
+            Column::State => printable(&process.state),
+            Column::Args | Column::Line => printable(&process.command),
         }
     }
 }
@@ -102,18 +127,26 @@ pub fn ps(global: &Global, args: liboci_cli::Ps) -> Outcome {
     let (dir, state) = open(global, &args.container_id)?;
     if args.format == "json" {
         let processes = [Some(state.supervisor), state.vmm];
-        let pids: Vec<i32> =
+        let mut pids: Vec<i32> =
             processes.iter().flatten().filter(|process| process.is_alive()).map(|p| p.pid).collect();
-        if pids.is_empty() {
-            return Err(stopped("container not running", &state));
+        if let Some((_, fds)) = ask(&dir, &Request::Execs)? {
+            let bytes = read_attachment(fds).map_err(Error::io("read the list of execs"))?;
+            let execs: Vec<i32> = serde_json::from_slice(&bytes)
+                .map_err(|e| Error::Io("read the list of execs".into(), e.into()))?;
+            pids.extend(execs);
         }
         let text = serde_json::to_string(&pids).map_err(|e| Error::Io("show the list".into(), e.into()))?;
         return print(&(text + "\n"));
     }
-    let (_, fds) = ask(&dir, &Request::Processes)?.ok_or_else(|| stopped("container not running", &state))?;
-    let bytes = read_attachment(fds).map_err(Error::io("read the list of processes"))?;
-    let list: Vec<ProcessInfo> = serde_json::from_slice(&bytes)
-        .map_err(|e| Error::Io("read the list of processes".into(), e.into()))?;
+    // One that has stopped has none: as under runc that is no error.
+    let list: Vec<ProcessInfo> = match ask(&dir, &Request::Processes)? {
+        Some((_, fds)) => {
+            let bytes = read_attachment(fds).map_err(Error::io("read the list of processes"))?;
+            serde_json::from_slice(&bytes)
+                .map_err(|e| Error::Io("read the list of processes".into(), e.into()))?
+        }
+        None => Vec::new(),
+    };
     match args.format.as_str() {
         "table" => print(&table(&list, &wanted, clock::realtime_ns() / 1_000_000_000)),
         other => Err(Error::Usage(format!("--format {other:?} is not known: it is table or json"))),
@@ -124,9 +157,14 @@ pub fn ps(global: &Global, args: liboci_cli::Ps) -> Outcome {
 fn wanted(options: &[String]) -> Result<Vec<Column>, Error> {
     let mut columns = Vec::new();
     let mut words = options.iter();
+    let mut default = &FULL[..];
     while let Some(word) = words.next() {
         let list = match word.as_str() {
-            "-e" | "-A" | "-f" | "-ef" | "-fe" | "-Af" | "aux" | "-aux" | "ax" | "axu" => continue,
+            "-e" | "-A" | "-f" | "-ef" | "-fe" | "-Af" | "aux" | "-aux" | "axu" => continue,
+            "-x" | "x" | "-ax" | "ax" => {
+                default = &BSD;
+                continue;
+            }
             "-o" | "-eo" | "-Ao" | "o" | "axo" | "--format" => words.next().map(String::as_str),
             other => other
                 .strip_prefix("--format=")
@@ -146,13 +184,45 @@ fn wanted(options: &[String]) -> Result<Vec<Column>, Error> {
             })?);
         }
     }
-    Ok(if columns.is_empty() { FULL.to_vec() } else { columns })
+    Ok(if columns.is_empty() { default.to_vec() } else { columns })
 }
 
 fn table(list: &[ProcessInfo], wanted: &[Column], now: u64) -> String {
     let mut rows = vec![wanted.iter().map(|column| column.head().to_owned()).collect::<Vec<_>>()];
     rows.extend(list.iter().map(|process| wanted.iter().map(|column| column.of(process, now)).collect()));
-    columns(&rows)
+    let width = |n: usize, least| {
+        rows.iter().filter_map(|row| row.get(n)).map(|cell| cell.chars().count()).fold(least, usize::max)
+    };
+    let layouts: Vec<_> = wanted
+        .iter()
+        .map(|column| column.layout())
+        .enumerate()
+        .map(|(n, (least, right))| (width(n, least), right))
+        .collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(&layouts).map(|(cell, (width, right))| match right {
+            true => format!("{cell:>width$}"),
+            false => format!("{cell:<width$}"),
+        });
+        text.push_str(cells.collect::<Vec<_>>().join(" ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// The user's name on the host, as runc's callers see it; its number if it has none. A guest's users are the host's.
+fn user_name(uid: u32) -> String {
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    name_in(&passwd, uid).map_or(uid.to_string(), printable)
+}
+
+fn name_in(passwd: &str, uid: u32) -> Option<&str> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid)).then_some(name)
+    })
 }
 
 fn in_hours(seconds: u64) -> String {
@@ -181,15 +251,26 @@ mod tests {
             cpu_ns: 3_725_000_000_000,
             started: 1000,
             tty: String::new(),
+            state: "Ss".into(),
             command: "/bin/sh\n\x1b[2J -c x".into(),
         };
         let text = table(std::slice::from_ref(&process), &FULL, 8450);
         assert_eq!(text.lines().count(), 2);
         assert!(text.contains("01:02:05") && text.contains("sh??[2J"));
-        assert_eq!(words(text.lines().nth(1).unwrap())[..7], ["0", "7", "1", "50", "00:16", "?", "01:02:05"]);
+        assert_eq!(
+            words(text.lines().nth(1).unwrap())[..7],
+            ["root", "7", "1", "50", "00:16", "?", "01:02:05"]
+        );
         // A guest that claims to have begun in the future divides by nothing.
         let text = table(&[process], &wanted(&words("-o pid,c,etime,comm")).unwrap(), 0);
         assert_eq!(words(text.lines().nth(1).unwrap()), ["7", "0", "00:00:00", "sh??[2J"]);
+    }
+
+    #[test]
+    fn a_user_is_called_what_the_host_calls_it() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:/bin/false\n";
+        assert_eq!(name_in(passwd, 33), Some("web"));
+        assert_eq!(name_in(passwd, 34), None);
     }
 
     #[test]
@@ -197,6 +278,7 @@ mod tests {
         assert_eq!(wanted(&[]).unwrap(), FULL);
         assert_eq!(wanted(&words("-ef")).unwrap(), FULL);
         assert_eq!(wanted(&words("aux")).unwrap(), FULL);
+        assert_eq!(wanted(&words("-e -x")).unwrap(), BSD);
         let two = [Column::Pid, Column::Args];
         for line in ["-o pid,args", "-eo pid,cmd", "-o pid -o args", "-opid,ARGS", "--format=pid,args="] {
             assert_eq!(wanted(&words(line)).unwrap(), two, "{line}");

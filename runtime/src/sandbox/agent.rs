@@ -34,6 +34,8 @@ const EVENTS_A_SECOND: u32 = 10;
 const PROCESSES_MAX: usize = 1 << 16;
 const COMMAND_MAX: usize = 4096;
 const TTY_MAX: usize = 64;
+/// Longest state of a process, in characters.
+const STATE_MAX: usize = 8;
 
 /// How long an agent may take to pass a SIGKILL on: milliseconds, unless the guest has its reasons.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -165,6 +167,7 @@ impl Agent {
         let shown = |process: Process| Process {
             command: printable(&process.command, COMMAND_MAX),
             tty: printable(&process.tty, TTY_MAX),
+            state: printable(&process.state, STATE_MAX),
             ..process
         };
         Ok(reply.processes.into_iter().take(PROCESSES_MAX).map(shown).collect())
@@ -178,11 +181,24 @@ impl Agent {
         process: Vec<u8>,
         stdio: [bool; 3],
     ) -> Result<u32, Error> {
+        self.exec_in(id, exec_id, process, stdio, "").await
+    }
+
+    /// The same in a cgroup below the container's.
+    pub async fn exec_in(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: Vec<u8>,
+        stdio: [bool; 3],
+        cgroup: &str,
+    ) -> Result<u32, Error> {
         let request = ExecRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
             process,
             stdio: Some(streams(stdio)).into(),
+            cgroup: cgroup.into(),
             ..Default::default()
         };
         call(self.0.exec(context(), &request)).await.map(|reply| reply.pid)

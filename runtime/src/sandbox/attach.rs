@@ -28,6 +28,8 @@ pub struct Exec<'a> {
     pub detach: bool,
     /// Run it even though the container is frozen.
     pub ignore_paused: bool,
+    /// Cgroup to run it in, relative to the container's; empty for what fits.
+    pub cgroup: String,
 }
 
 /// Runs a process in a container. `ready` is called once it runs.
@@ -48,7 +50,9 @@ pub fn exec(
     }
     let wanted = stdio.wanted();
     let process = control::attachment(&exec.process).map_err(os("send the process"))?;
-    let request = Request::Exec { stdio: wanted, ignore_paused: exec.ignore_paused };
+    let pid = std::process::id() as i32;
+    let Exec { ignore_paused, cgroup, .. } = exec;
+    let request = Request::Exec { pid, stdio: wanted, ignore_paused, cgroup };
     talk.send(&request, &[process.as_fd()]).map_err(os("talk to the supervisor"))?;
     let streams = match talk.recv().map_err(os("talk to the supervisor"))? {
         Some((Reply::Started, fds)) => place(wanted, fds),
@@ -57,7 +61,11 @@ pub fn exec(
         }
         _ => return Err(Error::SupervisorGone),
     };
+    tracing::debug!("the exec runs");
     ready()?;
+    // There may be many of these, and each lasts: what reading arguments and configuration took goes back.
+    // SAFETY: malloc_trim(3) gives back only what is free.
+    unsafe { libc::malloc_trim(0) };
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()

@@ -47,8 +47,10 @@ pub enum Request {
     Update,
     /// Tell what it uses.
     Stats,
-    /// Run a further process; its process object comes as an attachment.
-    Exec { stdio: [bool; 3], ignore_paused: bool },
+    /// Run a further process for that of the host with this number; its process object comes as an attachment.
+    Exec { pid: i32, stdio: [bool; 3], ignore_paused: bool, cgroup: String },
+    /// List the processes of the host that stand for execs.
+    Execs,
     /// In an exec's conversation: a signal for its process.
     Signal { signal: i32 },
     /// In an exec's conversation: the size of its terminal.
@@ -65,6 +67,8 @@ pub enum Reply {
     Failed { message: String },
     /// A list of [`ProcessInfo`] comes as an attachment.
     Processes,
+    /// A list of the numbers of processes of the host comes as an attachment.
+    Execs,
     /// What it uses comes as an attachment, in the shape of runc's `events`.
     Stats,
     /// The exec's process runs; the streams that were asked for come with it.
@@ -88,6 +92,8 @@ pub struct ProcessInfo {
     pub started: u64,
     /// Controlling terminal.
     pub tty: String,
+    /// A letter, as S for asleep, and flags.
+    pub state: String,
     /// Command line.
     pub command: String,
 }
@@ -255,6 +261,10 @@ mod tests {
         (root, dir)
     }
 
+    fn exec() -> Request {
+        Request::Exec { pid: 7, stdio: [true; 3], ignore_paused: false, cgroup: String::new() }
+    }
+
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
     }
@@ -266,7 +276,7 @@ mod tests {
         let client = std::thread::spawn(move || {
             let talk = Conversation::connect(&dir).unwrap();
             let process = attachment(&vec![b'x'; 1 << 20]).unwrap();
-            talk.send(&Request::Exec { stdio: [true; 3], ignore_paused: false }, &[process.as_fd()]).unwrap();
+            talk.send(&exec(), &[process.as_fd()]).unwrap();
             let (reply, fds) = talk.recv::<Reply>().unwrap().unwrap();
             assert_eq!((reply, fds.len()), (Reply::Started, 3));
             talk.send(&Request::Resize { rows: 1, columns: 2 }, &[]).unwrap();
@@ -279,7 +289,7 @@ mod tests {
                 talk = conversations.recv() => talk.unwrap(),
             };
             let (request, fds) = talk.recv::<Request>().await.unwrap().unwrap();
-            assert_eq!(request, Request::Exec { stdio: [true; 3], ignore_paused: false });
+            assert_eq!(request, exec());
             assert_eq!(read_attachment(fds).unwrap().len(), 1 << 20);
             let null = File::open("/dev/null").unwrap();
             talk.send(&Reply::Started, &[null.as_fd(), null.as_fd(), null.as_fd()]).unwrap();

@@ -5,6 +5,7 @@
 //! sandbox wins: the story, the VM, or a signal before there is a container.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::future::pending;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -46,6 +47,8 @@ pub(super) struct Supervisor {
     given_up: Notify,
     execs: RefCell<Vec<JoinHandle<()>>>,
     exec_count: Cell<u64>,
+    /// The processes of the host that stand for execs.
+    exec_pids: RefCell<BTreeSet<i32>>,
 }
 
 /// What is to happen with the container.
@@ -72,6 +75,7 @@ impl Supervisor {
             given_up: Notify::new(),
             execs: RefCell::default(),
             exec_count: Cell::new(0),
+            exec_pids: RefCell::default(),
         })
     }
 
@@ -248,10 +252,12 @@ impl Supervisor {
             Err(e) => return tracing::warn!("a command was not understood: {e}"),
         };
         let result = match request {
-            Request::Exec { stdio, ignore_paused } => {
+            Request::Exec { pid, stdio, ignore_paused, cgroup } => {
                 let me = self.clone();
                 let exec = async move {
-                    if let Err(message) = me.exec(&talk, fds, stdio, ignore_paused).await {
+                    let result = me.exec(&talk, fds, pid, stdio, ignore_paused, &cgroup).await;
+                    me.exec_pids.borrow_mut().remove(&pid);
+                    if let Err(message) = result {
                         let _ = talk.send(&Reply::Failed { message }, &[]);
                     }
                 };
@@ -259,6 +265,13 @@ impl Supervisor {
                 self.execs.borrow_mut().push(tokio::task::spawn_local(exec));
                 return;
             }
+            Request::Execs => match self.execs() {
+                Ok(list) => {
+                    let _ = talk.send(&Reply::Execs, &[list.as_fd()]);
+                    return;
+                }
+                Err(e) => Err(e),
+            },
             Request::Processes => match self.processes().await {
                 Ok(list) => {
                     let _ = talk.send(&Reply::Processes, &[list.as_fd()]);
@@ -346,6 +359,11 @@ impl Supervisor {
         control::attachment(bytes.as_bytes()).map_err(|e| e.to_string())
     }
 
+    fn execs(&self) -> Result<OwnedFd, String> {
+        let bytes = serde_json::to_vec(&*self.exec_pids.borrow()).map_err(|e| e.to_string())?;
+        control::attachment(&bytes).map_err(|e| e.to_string())
+    }
+
     async fn processes(&self) -> Result<OwnedFd, String> {
         let list = self.sandbox.agent.processes(&self.id()).await.map_err(|e| e.to_string())?;
         let list: Vec<ProcessInfo> = list
@@ -357,6 +375,7 @@ impl Supervisor {
                 cpu_ns: p.cpu_ns,
                 started: p.started,
                 tty: p.tty,
+                state: p.state,
                 command: p.command,
             })
             .collect();
@@ -369,8 +388,10 @@ impl Supervisor {
         &self,
         talk: &AsyncConversation,
         fds: Vec<OwnedFd>,
+        pid: i32,
         wanted: [bool; 3],
         ignore_paused: bool,
+        cgroup: &str,
     ) -> Result<(), String> {
         match self.state.borrow().status {
             Status::Paused if !ignore_paused => {
@@ -383,7 +404,9 @@ impl Supervisor {
         let (id, exec_id) = (self.id(), format!("exec-{}", self.exec_count.get()));
         self.exec_count.set(self.exec_count.get() + 1);
         let streams = self.sandbox.connect_streams(wanted, &id, &exec_id).map_err(|e| e.to_string())?;
-        self.sandbox.agent.exec(&id, &exec_id, process, wanted).await.map_err(|e| e.to_string())?;
+        let exec = self.sandbox.agent.exec_in(&id, &exec_id, process, wanted, cgroup);
+        exec.await.map_err(|e| e.to_string())?;
+        self.exec_pids.borrow_mut().insert(pid);
         let fds: Vec<_> = streams.iter().flatten().map(|fd| fd.as_fd()).collect();
         let told = talk.send(&Reply::Started, &fds);
         drop(streams);
