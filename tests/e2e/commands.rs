@@ -119,7 +119,19 @@ fn ps_takes_the_options_of_ps() {
     let text = container.op_with(&["ps"], &["-ef"]).ok();
     let head: Vec<_> = text.lines().next().unwrap_or_default().split_whitespace().collect();
     assert_eq!(head, ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]);
+    let text = container.op_with(&["ps"], &["-e", "-x"]).ok();
+    let lines: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["PID", "TTY", "STAT", "TIME", "COMMAND"]);
+    assert!(lines[1][2].starts_with('S') && lines[1][4..] == ["sleep", "100000"], "{text}");
     container.op_with(&["ps"], &["--no-such-option"]).refused();
+    let pid = container.pid();
+    container.kill("0");
+    container.kill("KILL");
+    container.wait_stopped(pid);
+    container.op_with(&["kill"], &["0"]).refused();
+    container.op_with(&["kill", "--all"], &["0"]).code(0);
+    // As under runc: a container that has stopped has no processes, which is no error.
+    assert_eq!(container.op("ps").ok().lines().count(), 1);
 }
 
 /// What containerd, CRI-O, Podman and Docker look for in the last record of the log.

@@ -27,7 +27,7 @@ pub struct Kill {
 pub fn kill(global: &Global, args: Kill) -> Outcome {
     let signal = parse(&args.signal).ok_or_else(|| {
         Error::Usage(format!(
-            "unknown signal {:?}: give a name such as TERM, or 1 to {SIGNAL_MAX}",
+            "unknown signal {:?}: give a name such as TERM, or 0 to {SIGNAL_MAX}",
             args.signal
         ))
     })?;
@@ -42,7 +42,8 @@ pub fn kill(global: &Global, args: Kill) -> Outcome {
 
 fn parse(text: &str) -> Option<i32> {
     if let Ok(number) = text.parse::<i32>() {
-        return (1..=SIGNAL_MAX).contains(&number).then_some(number);
+        // As for kill(2), 0 only asks whether there is somebody.
+        return (0..=SIGNAL_MAX).contains(&number).then_some(number);
     }
     let upper = text.to_ascii_uppercase();
     let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
@@ -56,11 +57,11 @@ mod tests {
     #[test]
     fn names_and_numbers_are_signals() {
         for (text, number) in
-            [("KILL", 9), ("SIGTERM", 15), ("term", 15), ("sighup", 1), ("9", 9), ("64", 64)]
+            [("KILL", 9), ("SIGTERM", 15), ("term", 15), ("sighup", 1), ("9", 9), ("64", 64), ("0", 0)]
         {
             assert_eq!(parse(text), Some(number), "{text}");
         }
-        for text in ["", "0", "65", "-9", "NOPE", "SIG", "9x"] {
+        for text in ["", "65", "-9", "NOPE", "SIG", "9x"] {
             assert_eq!(parse(text), None, "{text}");
         }
     }
