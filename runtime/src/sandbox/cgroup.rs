@@ -295,11 +295,11 @@ fn pass_controllers_on(dir: &Path) {
 
 /// Applies the host's part of limits, with what the VM needs on top.
 pub fn apply(path: &Path, limits: &LinuxResources, vm: VmSize) -> Result<(), Error> {
-    for Setting { field, file, value } in settings(limits, vm) {
+    for Setting { field, file, value, bfq } in settings(limits, vm) {
         // Schedulers of block devices have a file each; which of them a host uses is not the bundle's business.
-        let file = match file {
-            "io.weight" if path.join("io.bfq.weight").exists() => "io.bfq.weight",
-            file => file,
+        let (file, value) = match bfq {
+            Some(value) if path.join("io.bfq.weight").exists() => ("io.bfq.weight", value),
+            _ => (file, value),
         };
         let failed = |source| Error::Limit { field, file: file.into(), value: value.clone(), source };
         fs::write(path.join(file), &value).map_err(failed)?;
@@ -312,10 +312,12 @@ struct Setting {
     field: &'static str,
     file: &'static str,
     value: String,
+    /// The value for io.bfq.weight, which has another scale than io.weight.
+    bfq: Option<String>,
 }
 
 fn set(field: &'static str, file: &'static str, value: impl ToString) -> Setting {
-    Setting { field, file, value: value.to_string() }
+    Setting { field, file, value: value.to_string(), bfq: None }
 }
 
 fn settings(limits: &LinuxResources, vm: VmSize) -> Vec<Setting> {
@@ -384,13 +386,16 @@ fn block_io(io: &LinuxBlockIo) -> Vec<Setting> {
     // cgroup v1's 10..=1000 to cgroup v2's 1..=10000.
     let weight = |weight: u16| 1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9_999 / 990;
     if let Some(named) = io.weight().filter(|weight| *weight != 0) {
-        let value = format!("default {}", weight(named));
-        settings.push(set("linux.resources.blockIO.weight", "io.weight", value));
+        let setting =
+            set("linux.resources.blockIO.weight", "io.weight", format!("default {}", weight(named)));
+        settings.push(Setting { bfq: Some(format!("default {named}")), ..setting });
     }
     for device in io.weight_device().iter().flatten() {
         if let Some(named) = device.weight().filter(|weight| *weight != 0) {
-            let value = format!("{}:{} {}", device.major(), device.minor(), weight(named));
-            settings.push(set("linux.resources.blockIO.weightDevice", "io.weight", value));
+            let device = format!("{}:{}", device.major(), device.minor());
+            let value = format!("{device} {}", weight(named));
+            let setting = set("linux.resources.blockIO.weightDevice", "io.weight", value);
+            settings.push(Setting { bfq: Some(format!("{device} {named}")), ..setting });
         }
     }
     let mut throttle = |field, devices: &Option<Vec<LinuxThrottleDevice>>, key: &str| {
@@ -528,6 +533,9 @@ mod tests {
             "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1000}],
             "throttleWriteIOPSDevice": [{"major": 8, "minor": 16, "rate": 0}],
         }});
+        let settings = settings(&serde_json::from_value(limits.clone()).unwrap(), vm);
+        let bfq: Vec<_> = settings.into_iter().filter_map(|setting| setting.bfq).collect();
+        assert_eq!(bfq, ["default 1000", "8:0 10"]);
         assert_eq!(
             of(limits, vm),
             [
