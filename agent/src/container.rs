@@ -226,7 +226,7 @@ impl Containers {
         if exec_id == "-" {
             return Err(Error::Invalid("exec_id: \"-\" stands for the container's init".into()));
         }
-        container.must_live()?;
+        container.must_live(request.ignore_paused)?;
         {
             let mut execs = lock(&container.execs);
             if execs.contains_key(&exec_id) {
@@ -454,11 +454,11 @@ impl Container {
     }
 
     /// Its init, started or not, has not ended.
-    fn must_live(&self) -> Result<(), Error> {
+    fn must_live(&self, even_paused: bool) -> Result<(), Error> {
         if !self.init.is_alive() {
             return Err(Error::Precondition(format!("container {:?} has stopped", self.id)));
         }
-        if self.cgroup.is_frozen() {
+        if !even_paused && self.cgroup.is_frozen() {
             return Err(Error::Precondition(format!("container {:?} is paused", self.id)));
         }
         Ok(())

@@ -134,7 +134,10 @@ fn exec_that_cannot_run_ends_with_255() {
     container.op("pause").ok();
     let stderr = container.start_exec(&[], &["true"], Stdin::Null).finish().code(255).stderr;
     assert!(stderr.contains("cannot exec in a paused container"), "{stderr}");
+    // One that is told not to mind runs once the container does.
+    let mut patient = container.start_exec(&["--ignore-paused"], &["echo", "patient"], Stdin::Null);
     container.op("resume").ok();
+    assert_eq!(patient.finish().ok(), "patient\n");
     container.exec("exit 1").code(1);
 }
 

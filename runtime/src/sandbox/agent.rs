@@ -181,10 +181,10 @@ impl Agent {
         process: Vec<u8>,
         stdio: [bool; 3],
     ) -> Result<u32, Error> {
-        self.exec_in(id, exec_id, process, stdio, "").await
+        self.exec_in(id, exec_id, process, stdio, "", false).await
     }
 
-    /// The same in a cgroup below the container's.
+    /// The same in a cgroup below the container's, and even if the container is frozen; then it waits.
     pub async fn exec_in(
         &self,
         id: &str,
@@ -192,6 +192,7 @@ impl Agent {
         process: Vec<u8>,
         stdio: [bool; 3],
         cgroup: &str,
+        ignore_paused: bool,
     ) -> Result<u32, Error> {
         let request = ExecRequest {
             container_id: id.into(),
@@ -199,6 +200,7 @@ impl Agent {
             process,
             stdio: Some(streams(stdio)).into(),
             cgroup: cgroup.into(),
+            ignore_paused,
             ..Default::default()
         };
         call(self.0.exec(context(), &request)).await.map(|reply| reply.pid)

@@ -404,7 +404,7 @@ impl Supervisor {
         let (id, exec_id) = (self.id(), format!("exec-{}", self.exec_count.get()));
         self.exec_count.set(self.exec_count.get() + 1);
         let streams = self.sandbox.connect_streams(wanted, &id, &exec_id).map_err(|e| e.to_string())?;
-        let exec = self.sandbox.agent.exec_in(&id, &exec_id, process, wanted, cgroup);
+        let exec = self.sandbox.agent.exec_in(&id, &exec_id, process, wanted, cgroup, ignore_paused);
         exec.await.map_err(|e| e.to_string())?;
         self.exec_pids.borrow_mut().insert(pid);
         let fds: Vec<_> = streams.iter().flatten().map(|fd| fd.as_fd()).collect();
