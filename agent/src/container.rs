@@ -327,8 +327,9 @@ impl Containers {
                 tokio::select! {
                     biased;
                     terminal = &mut receive => {
-                        let terminal = terminal?;
-                        (helper.outcome().await?.ok_or_else(no_pid)?, Some(terminal))
+                        // Where it does not come, the helper has ended, and knows why.
+                        let pid = helper.outcome().await?;
+                        (pid.ok_or_else(no_pid)?, Some(terminal?))
                     }
                     outcome = helper.outcome() => (outcome?.ok_or_else(no_pid)?, Some(receive.await?)),
                 }

@@ -20,10 +20,21 @@ pub const CASES: &[Case] = &[
     case!(host_files_behave_like_a_file_system),
     case!(directory_with_a_thousand_files_is_listed_whole),
     case!(unix_socket_on_a_volume_connects),
+    case!(proc_is_not_mounted_through_a_link),
     case!(device_nodes_are_the_bundles),
     case!(device_rules_hold),
     case!(sysctls),
 ];
+
+fn proc_is_not_mounted_through_a_link() {
+    for name in ["proc", "sys"] {
+        let root = host_scratch();
+        std::os::unix::fs::symlink("/elsewhere", root.path().join(name)).unwrap();
+        let root = json!({ "path": root.path(), "readonly": true });
+        let reason = Runtime::under_test().run(&Bundle::sh("true").set("/root", root)).refused();
+        assert!(reason.contains("must be mounted on ordinary directory"), "{reason}");
+    }
+}
 
 /// Expects each line of a script's output to be what stands after `=>` of the pair.
 #[track_caller]

@@ -147,6 +147,7 @@ impl Bundle {
         validate::check(&spec)?;
         let rootfs = find_rootfs(&path, &spec)?;
         validate::check_mount_sources(&spec, &path)?;
+        validate::check_kernel_mount_points(&spec, &rootfs)?;
         validate::check_hook_programs(&spec)?;
         for mount in spec.mounts_mut().iter_mut().flatten().filter(|m| m.destination().is_relative()) {
             // A relative destination counts from the root (config.md, mounts).

@@ -89,6 +89,26 @@ fn check_bind_options(field: &str, mount: &Mount, can_mount: bool) -> Result<(),
     Ok(())
 }
 
+/// Checks that what shows the kernel is mounted where the bundle says: an image whose /proc is a link would have what
+/// is masked and read-only there somewhere else.
+pub fn check_kernel_mount_points(spec: &Spec, rootfs: &Path) -> Result<(), Error> {
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+        let destination = mount.destination();
+        let place = rootfs.join(destination.strip_prefix("/").unwrap_or(destination));
+        if matches!(mount.typ().as_deref(), Some("proc" | "sysfs"))
+            && !is_bind(mount)
+            && fs::symlink_metadata(place).is_ok_and(|found| !found.is_dir())
+        {
+            return value(
+                &format!("mounts[{index}].destination"),
+                &destination.to_string_lossy(),
+                "a file system of this type must be mounted on ordinary directory",
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Checks that what is to be bound exists.
 pub fn check_mount_sources(spec: &Spec, bundle: &Path) -> Result<(), Error> {
     for (index, mount) in spec.mounts().iter().flatten().enumerate().filter(|(_, m)| is_bind(m)) {
