@@ -7,20 +7,22 @@ STAGE = $(CARGO_TARGET_DIR)/stage
 export CARGO_TARGET_DIR
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fuzz bench image install lab lint fmt
+.PHONY: help run test conformance fuzz bench image install lab lint fmt
 
 help:
-	@echo 'make run      set everything up and run a container in a microVM'
-	@echo 'make test     set everything up and run all tests'
-	@echo 'make fuzz     look for inputs that harm the host, T=60 seconds a target; ONLY=vsock one of them'
-	@echo 'make bench    measure on the virtual clock, beside runc and crun (CASES="…": some cases only)'
-	@echo 'make image    build the binaries, the guest kernel and the initrd'
-	@echo 'make install  copy binary and guest files to PREFIX ($(PREFIX))'
-	@echo 'make lab      a shell on an emulated KVM host, with stockade on PATH'
-	@echo 'make lint     formatting, clippy, and cargo-deny where it is installed'
-	@echo 'make fmt      format the code'
+	@echo 'make run          set everything up and run a container in a microVM'
+	@echo 'make test         set everything up and run all tests'
+	@echo "make conformance  runc's own test suite against runc, crun and stockade, in half an hour"
+	@echo '                  (RUNC=stockade: only that one; FILES="exec.bats": only these files of it)'
+	@echo 'make fuzz         look for inputs that harm the host, T=60 seconds a target; ONLY=vsock one of them'
+	@echo 'make bench        measure on the virtual clock, beside runc and crun (CASES="…": some cases only)'
+	@echo 'make image        build the binaries, the guest kernel and the initrd'
+	@echo 'make install      copy binary and guest files to PREFIX ($(PREFIX))'
+	@echo 'make lab          a shell on an emulated KVM host, with stockade on PATH'
+	@echo 'make lint         formatting, clippy, and cargo-deny where it is installed'
+	@echo 'make fmt          format the code'
 
-run test fuzz bench image lab:
+run test conformance fuzz bench image lab:
 	@tests/stages.sh $@
 
 # Installs what `make image` left, so that `sudo make install` needs no Rust toolchain.

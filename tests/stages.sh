@@ -1,5 +1,5 @@
 #!/bin/bash
-# The stages behind the Makefile's targets: tests/stages.sh run|test|fuzz|bench|image|lab.
+# The stages behind the Makefile's targets: tests/stages.sh run|test|conformance|fuzz|bench|image|lab.
 #
 # Each stage makes what is missing, reuses what is there, and at the end one table tells what was done and how
 # long it took. What takes minutes (guest kernel, lab image) is kept by the tools that make it in
@@ -211,6 +211,15 @@ run_benchmark() {
     did="in $CARGO_TARGET_DIR/bench"
 }
 
+# runc's own suite, in the lab whatever this machine has: it makes cgroups and mounts wherever it runs.
+run_conformance() {
+    local arguments=() files
+    [ -z "${RUNC:-}" ] || arguments+=(--runtime "$RUNC")
+    read -ra files <<<"${FILES:-}"
+    "$release/stockade-conformance" "${arguments[@]}" "${files[@]}" | tee "$logs/conformance.log"
+    did="see $logs/conformance.log"
+}
+
 # With the fuzz targets over their corpora (tests/fuzz): the same few inputs each time.
 unit_tests() { cargo_test unit --lib --bins --test fuzz --test rules; }
 end_to_end_tests() { PATH=$STOCKADE_STAGE/bin:$PATH cargo_test end-to-end --test e2e; }
@@ -257,6 +266,12 @@ test)
     report
     [ "$failed" = 0 ]
     ;;
+conformance)
+    prepare
+    stage 'lab image' make_lab_image
+    stage conformance run_conformance
+    report
+    ;;
 fuzz)
     stage packages install_packages
     stage 'fuzz targets' search_with_fuzzers
@@ -275,6 +290,6 @@ lab)
     exec "$release/stockade-lab" shell --payload "$STOCKADE_STAGE"
     ;;
 *)
-    die "usage: $0 run|test|fuzz|bench|image|lab"
+    die "usage: $0 run|test|conformance|fuzz|bench|image|lab"
     ;;
 esac

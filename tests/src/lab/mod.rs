@@ -26,7 +26,7 @@
 //! The CPU model is EPYC and not `max`: with `max` guests of guests stall, the host's kernel was once seen
 //! to die, and every VM start costs 60% more.
 
-mod cache;
+pub(crate) mod cache;
 mod image;
 mod init;
 mod initrd;
@@ -36,7 +36,7 @@ mod machine;
 mod payload;
 mod session;
 mod static_keys;
-mod steps;
+pub(crate) mod steps;
 mod terminal;
 
 pub use image::{Image, ensure as ensure_image};
@@ -91,7 +91,7 @@ pub enum LabError {
     },
 }
 
-fn io_error(what: &str) -> impl FnOnce(io::Error) -> LabError + use<'_> {
+pub(crate) fn io_error(what: &str) -> impl FnOnce(io::Error) -> LabError + use<'_> {
     move |source| LabError::Io { what: what.into(), source }
 }
 

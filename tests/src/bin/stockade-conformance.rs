@@ -1,0 +1,75 @@
+//! `stockade-conformance`: runc's own test suite, run in the lab against stockade, runc and crun.
+//!
+//! Started outside, it fetches the suite, runs itself in the lab once for each runtime, and prints the table. Called
+//! `recvtty`, it is the receiver of terminals that the suite asks for.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use stockade_tests::conformance::{self, Plan, RUNTIMES, recvtty};
+use stockade_tests::lab;
+
+const USAGE: &str = "\
+stockade-conformance [--runtime NAME] [--filter REGEX] [--stage DIR] [--out DIR] [FILE.bats...]
+
+  --runtime NAME  only this one of stockade, runc and crun; more than once: only these
+  --filter REGEX  only cases whose name matches
+  --stage DIR     bin/stockade and lib/stockade to test (default $STOCKADE_STAGE, <target directory>/stage)
+  --out DIR       for what each file of the suite said (default <target directory>/conformance)
+  FILE.bats       only these files of the suite";
+
+fn main() -> ExitCode {
+    lab::init_if_booted();
+    let mut words = std::env::args();
+    let name = words.next().unwrap_or_default();
+    let result = match Path::new(&name).file_name() {
+        Some(name) if name == recvtty::NAME => recvtty::main(words).map(|()| true),
+        _ => parse(words).and_then(|plan| match lab::inside() {
+            true => conformance::run_suite(&plan).map(|()| true),
+            false => conformance::compare(&plan),
+        }),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(why) => {
+            eprintln!("conformance: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(mut words: impl Iterator<Item = String>) -> Result<Plan, String> {
+    let exe = std::env::current_exe().map_err(|error| format!("find this executable: {error}"))?;
+    // <target directory>/<target triple>/<profile>/stockade-conformance
+    let target = exe.ancestors().nth(3).unwrap_or(Path::new("target")).to_path_buf();
+    let stage = std::env::var_os("STOCKADE_STAGE").map_or_else(|| target.join("stage"), PathBuf::from);
+    let mut plan = Plan {
+        runtimes: Vec::new(),
+        files: Vec::new(),
+        filter: None,
+        stage,
+        out: target.join("conformance"),
+    };
+    while let Some(word) = words.next() {
+        if word == "--help" {
+            return Err(USAGE.into());
+        }
+        if !word.starts_with("--") {
+            plan.files.push(word);
+            continue;
+        }
+        let value = words.next().ok_or_else(|| format!("{word} needs a value\n{USAGE}"))?;
+        match word.as_str() {
+            "--runtime" if RUNTIMES.contains(&value.as_str()) => plan.runtimes.push(value),
+            "--runtime" => return Err(format!("--runtime {value}: not one of {}", RUNTIMES.join(", "))),
+            "--filter" => plan.filter = Some(value),
+            "--stage" => plan.stage = value.into(),
+            "--out" => plan.out = value.into(),
+            _ => return Err(format!("unknown argument {word}\n{USAGE}")),
+        }
+    }
+    if plan.runtimes.is_empty() {
+        plan.runtimes = RUNTIMES.map(String::from).to_vec();
+    }
+    Ok(plan)
+}

@@ -1,0 +1,106 @@
+//! What bats says, in the Test Anything Protocol: a line for each case, its output below as comments.
+
+use super::Context;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// What became of a case.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    Passed,
+    /// The suite itself found that this host has not what the case needs; with its words.
+    Skipped(String),
+    Failed,
+}
+
+/// A case's file and name.
+pub type Case = (String, String);
+
+/// The results in a folder of `<file>.tap`.
+pub fn read_folder(folder: &Path) -> Result<BTreeMap<Case, Outcome>, String> {
+    let mut results = BTreeMap::new();
+    for entry in fs::read_dir(folder).or_say(folder.display())? {
+        let path = entry.or_say(folder.display())?.path();
+        let text = fs::read_to_string(&path).or_say(path.display())?;
+        let file = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let cases = parse(&text).or_say(path.display())?;
+        results.extend(cases.into_iter().map(|(name, outcome)| ((file.clone(), name), outcome)));
+    }
+    Ok(results)
+}
+
+/// The cases of one file. One that was announced but of which nothing was said has failed: it did not end.
+fn parse(text: &str) -> Result<Vec<(String, Outcome)>, String> {
+    let mut planned = None;
+    let mut cases = Vec::new();
+    for line in text.lines() {
+        if let Some(count) = line.strip_prefix("1..") {
+            planned = count.trim().parse::<usize>().ok();
+        } else if let Some(rest) = line.strip_prefix("ok ") {
+            let (name, skip) = case(rest);
+            cases.push((name, skip.map_or(Outcome::Passed, Outcome::Skipped)));
+        } else if let Some(rest) = line.strip_prefix("not ok ") {
+            cases.push((case(rest).0, Outcome::Failed));
+        }
+    }
+    match planned {
+        Some(count) if count < cases.len() => {
+            Err(format!("{} cases where {count} were announced", cases.len()))
+        }
+        Some(count) => {
+            let lost =
+                (cases.len() + 1..=count).map(|n| (format!("(case {n} did not end)"), Outcome::Failed));
+            cases.extend(lost.collect::<Vec<_>>());
+            Ok(cases)
+        }
+        None => Err("no cases were announced".into()),
+    }
+}
+
+/// From `<number> <name>[ in <time>ms][ # skip <why>]` the name and the reason.
+fn case(rest: &str) -> (String, Option<String>) {
+    let rest = rest.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start();
+    let (rest, skip) = match rest.split_once(" # skip") {
+        Some((name, why)) => (name, Some(why.trim().to_string())),
+        None => (rest.split_once(" # timeout").map_or(rest, |(name, _)| name), None),
+    };
+    let name = match rest.rsplit_once(" in ") {
+        Some((name, time)) if is_time(time) => name,
+        _ => rest,
+    };
+    (name.to_string(), skip)
+}
+
+fn is_time(word: &str) -> bool {
+    let digits = word.strip_suffix("ms").or(word.strip_suffix("sec")).unwrap_or_default();
+    !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_outcome_is_told_from_the_others() {
+        let text = "1..4\nok 1 runs in 12ms\nnot ok 2 works in vain in 7ms\n# (in test file x)\n\
+                    ok 3 waits # skip test requires systemd\nnot ok 4 hangs in 9ms # timeout after 180s\n";
+        let cases = parse(text).unwrap();
+        let expected = [
+            ("runs", Outcome::Passed),
+            ("works in vain", Outcome::Failed),
+            ("waits", Outcome::Skipped("test requires systemd".into())),
+            ("hangs", Outcome::Failed),
+        ];
+        assert_eq!(cases, expected.map(|(name, outcome)| (name.to_string(), outcome)));
+    }
+
+    #[test]
+    fn a_case_that_did_not_end_has_failed() {
+        let cases = parse("1..3\nok 1 a\nok 2 b\n").unwrap();
+        assert_eq!(cases.len(), 3);
+        assert_eq!(cases[2].1, Outcome::Failed);
+        assert!(parse("").is_err());
+        assert!(parse("1..1\nok 1 a\nok 2 b\n").is_err());
+    }
+}
