@@ -1,5 +1,6 @@
 //! Pods through CRI, as kubelet has containerd make them.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
@@ -30,6 +31,7 @@ pub const CASES: &[Case] = &[
     case!(settings_of_a_pod_hold_in_its_containers).stockade_only(SHIM).exclusive(),
     case!(what_is_the_hosts_is_refused_in_words_that_say_what_to_do).stockade_only(SHIM).exclusive(),
     case!(pods_outlive_a_killed_containerd_and_a_killed_shim_is_no_success).stockade_only(SHIM).exclusive(),
+    case!(ten_pods_of_three_containers_at_once).stockade_only(SHIM).exclusive().on_request(),
 ];
 
 /// Ends well when it is asked to.
@@ -544,6 +546,50 @@ fn pods_outlive_a_killed_containerd_and_a_killed_shim_is_no_success() {
     stays.0.stop();
     stays.0.remove();
     assert_eq!(pods.state_of_shims(), [""; 0]);
+}
+
+fn ten_pods_of_three_containers_at_once() {
+    const NAMES: [&str; 3] = ["a", "b", "c"];
+    let pods = Pods::start();
+    let before = Traces::now();
+    let all: Vec<Pod> = std::thread::scope(|scope| {
+        let start = |number: usize| {
+            let pods = &pods;
+            scope.spawn(move || {
+                let pod = pods.run(&format!("pod-{number}"), |_| ());
+                for name in NAMES {
+                    let id = pod.start(name, IDLE, |_| ());
+                    pod.wait_for_line(name, "up");
+                    assert_eq!(pod.output(&id, "hostname"), format!("pod-{number}"));
+                }
+                pod
+            })
+        };
+        let started: Vec<_> = (0..10).map(start).collect();
+        started.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let addresses: BTreeSet<_> = all.iter().map(Pod::address).collect();
+    assert_eq!(addresses.len(), 10);
+    let running: cri::ListContainersResponse =
+        pods.ask("ListContainers", &cri::ListContainersRequest::default());
+    let running_state = cri::ContainerState::CONTAINER_RUNNING.into();
+    assert_eq!(running.containers.iter().filter(|one| one.state == running_state).count(), 30);
+    std::thread::scope(|scope| {
+        for pod in &all {
+            scope.spawn(|| {
+                pod.stop();
+                pod.remove();
+            });
+        }
+    });
+    for pod in &all {
+        for name in NAMES {
+            let lines: Vec<_> = pod.log(name).into_iter().map(|line| line.text).collect();
+            // A pod is stopped at once: whom to give time, kubelet has stopped before.
+            assert_eq!(lines, ["up"], "{name} of {}", pod.id);
+        }
+    }
+    assert_nothing_left(&pods, &before);
 }
 
 /// Of pods that have been removed, but for what belongs to kubelet and CNI.

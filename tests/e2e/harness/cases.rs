@@ -17,12 +17,13 @@ pub struct Case {
     exclusive: bool,
     /// Why the case says nothing about a runtime without a VM, when it does not.
     stockade_only: Option<&'static str>,
+    on_request: bool,
 }
 
 impl Case {
     /// A case that may run beside others. `name` begins with the name of this crate.
     pub const fn new(name: &'static str, body: fn()) -> Self {
-        Self { name, body, exclusive: false, stockade_only: None }
+        Self { name, body, exclusive: false, stockade_only: None, on_request: false }
     }
 
     /// Runs alone, and must leave the machine as it found it.
@@ -33,6 +34,11 @@ impl Case {
     /// Is ignored when the runtime under test is another one, for the reason given.
     pub const fn stockade_only(self, why: &'static str) -> Self {
         Self { stockade_only: Some(why), ..self }
+    }
+
+    /// Takes so long that it runs only when it is asked for, with `--ignored`.
+    pub const fn on_request(self) -> Self {
+        Self { on_request: true, ..self }
     }
 
     fn run(self) -> Result<(), Failed> {
@@ -71,7 +77,7 @@ pub fn into_trials(cases: &[Case]) -> Vec<Trial> {
         .map(|case| (case, case.name.split_once("::").map_or(case.name, |(_, rest)| rest)))
         .filter(|(_, name)| parts::is_asked_for(name))
         .map(|(case, name)| {
-            let ignored = foreign && case.stockade_only.is_some();
+            let ignored = case.on_request || foreign && case.stockade_only.is_some();
             Trial::test(name, move || case.run()).with_ignored_flag(ignored)
         })
         .collect()
