@@ -9,9 +9,10 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-const IMAGE: &str = "docker.io/lab/busybox:latest";
+/// The image's name.
+pub const IMAGE: &str = "docker.io/lab/busybox:latest";
 /// How many sandboxes idle at once.
-const SANDBOXES: [usize; 3] = [1, 5, 20];
+pub const SANDBOXES: [usize; 3] = [1, 5, 20];
 /// Containers with the same value of this annotation share a sandbox.
 const GROUP: &str = "io.containerd.runc.v2.group";
 const NO_SHIM: &str = "containerd has no name for this runtime";
@@ -73,7 +74,7 @@ pub fn kind(runtime: &Runtime) -> Option<&'static str> {
 }
 
 /// A daemon with state of its own. Dropping it ends it.
-struct Containerd {
+pub struct Containerd {
     folder: tempfile::TempDir,
     daemon: Child,
 }
@@ -81,6 +82,14 @@ struct Containerd {
 impl Containerd {
     /// Starts it and gives it the image.
     fn start() -> Result<Containerd, String> {
+        let containerd =
+            Self::configured(|_| Ok("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n".into()))?;
+        containerd.import("default")?;
+        Ok(containerd)
+    }
+
+    /// Starts it with what `more` adds to its configuration, which is given the folder of all its files.
+    pub fn configured(more: impl FnOnce(&Path) -> Result<String, String>) -> Result<Containerd, String> {
         // In memory: while the lab waits for its disk, to which containerd's database goes each time, the virtual
         // clock jumps.
         let folder = tempfile::tempdir().or_say("make a folder")?;
@@ -89,10 +98,10 @@ impl Containerd {
         symlink("/payload/bin/stockade", at.join("bin/containerd-shim-stockade-v2"))
             .or_say("link the shim")?;
         let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
-             [grpc]\naddress = {:?}\n",
+            "version = 2\nroot = {:?}\nstate = {:?}\n{}[grpc]\naddress = {:?}\n",
             at.join("root"),
             at.join("state"),
+            more(at)?,
             at.join("socket"),
         );
         fs::write(at.join("config.toml"), config).or_say("write containerd's configuration")?;
@@ -115,11 +124,16 @@ impl Containerd {
                 return Err(format!("containerd ended at its start: {status}: {log}"));
             }
         }
-        containerd.import()?;
         Ok(containerd)
     }
 
-    fn import(&self) -> Result<(), String> {
+    /// The folder of all its files.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Gives one of its namespaces the image.
+    pub fn import(&self, namespace: &str) -> Result<(), String> {
         let at = self.folder.path();
         image::layout(&at.join("layout"))?;
         let archive = at.join("image.tar");
@@ -127,7 +141,7 @@ impl Containerd {
         tar.arg("-C").arg(at.join("layout")).arg("-cf").arg(&archive).arg(".");
         program::succeed(&mut tar)?;
         let base = IMAGE.trim_end_matches(":latest");
-        let mut import = self.ctr(&["image", "import", "--base-name", base]);
+        let mut import = self.ctr(&["--namespace", namespace, "image", "import", "--base-name", base]);
         program::succeed(import.arg(archive)).map(drop)
     }
 
@@ -161,7 +175,7 @@ impl Containerd {
     }
 
     /// What all shims take with all that is below them.
-    fn shims(&self) -> Result<Pss, String> {
+    pub fn shims(&self) -> Result<Pss, String> {
         let mut sum = Pss::default();
         for entry in fs::read_dir("/proc").or_say("read /proc")?.flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };

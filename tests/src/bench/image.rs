@@ -56,7 +56,8 @@ fn podman(at: &Path, runtime: &str) -> Command {
     command
 }
 
-/// An OCI layout of one image with one layer, busybox; gives its reference.
+/// An OCI layout of one image with one layer, busybox; gives its reference. Its own command is one that stays, as the
+/// process must that stands for a pod.
 pub fn layout(at: &Path) -> Result<String, String> {
     fs::create_dir_all(at.join("blobs/sha256")).or_say("make a layout")?;
     let blob = |kind: &str, bytes: &[u8]| {
@@ -70,7 +71,7 @@ pub fn layout(at: &Path) -> Result<String, String> {
     let tar = Command::new("tar").args(["-C", "/bundles/busybox/rootfs", "-cf", "-", "."]).output();
     let tar = tar.or_say("run tar")?.stdout;
     let config = json!({
-        "os": "linux", "architecture": "amd64", "config": { "Cmd": ["sh"], "Env": ["PATH=/bin"] },
+        "os": "linux", "architecture": "amd64", "config": { "Cmd": ["sleep", "100000"], "Env": ["PATH=/bin"] },
         "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", hex(&tar))] },
     });
     let layer = blob("layer.v1.tar", &tar)?;

@@ -6,6 +6,7 @@
 //! warms the caches up. A case that fails, as when a run stalls, is tried once more, and the report says so.
 
 mod containerd;
+mod cri;
 mod exits;
 mod image;
 mod lifecycle;
@@ -65,6 +66,8 @@ pub const CASES: &[Case] = &[
     case("ctr-run-echo", "ctr run of echo", has_shim, containerd::run),
     case("ctr-second", "a sandbox's next container", has_shim, containerd::second),
     case("ctr-idle", "memory of many sandboxes", has_shim, containerd::idle),
+    case("cri-pod", "a pod with its first and second container", has_shim, cri::pod),
+    case("cri-idle", "memory of many pods", has_shim, cri::idle),
 ];
 
 type Asks = fn(&Runtime) -> bool;
