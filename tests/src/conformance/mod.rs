@@ -13,7 +13,7 @@ mod tap;
 use crate::lab::{Lab, LabError};
 use list::List;
 use nix::pty::openpty;
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use std::fmt::Display;
 use std::fs;
@@ -191,9 +191,18 @@ fn run_file(file: &Path, program: &Path, filter: Option<&str>, to: &Path) -> Res
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) => {
                 println!("# hung: nothing was said for {} s", STALLED.as_secs());
-                // It leads a session, so its number is that of its group.
-                let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
-                break;
+                // bats leads a session. Without the runtime that it waits for, the case fails, and the next begins.
+                let session = child.id() as i32;
+                let runtime = program.file_name().unwrap_or_default();
+                let hung = in_session(session, &runtime.to_string_lossy());
+                if hung.is_empty() {
+                    let _ = killpg(Pid::from_raw(session), Signal::SIGKILL);
+                    break;
+                }
+                for pid in hung {
+                    let _ = kill(pid, Signal::SIGKILL);
+                }
+                continue;
             }
         };
         println!("{line}");
@@ -220,4 +229,19 @@ fn on_a_terminal(command: &mut Command) -> io::Result<OwnedFd> {
         });
     }
     Ok(pty.master)
+}
+
+/// Processes of a session that go by this name.
+fn in_session(session: i32, name: &str) -> Vec<Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_wanted = |pid: &i32| {
+        // proc_pid_stat(5): the name is in parentheses, the session the fourth field behind it.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let named = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(") "));
+        named.is_some_and(|(comm, rest)| {
+            comm == name && rest.split(' ').nth(3) == Some(session.to_string().as_str())
+        })
+    };
+    pids.filter(is_wanted).map(Pid::from_raw).collect()
 }
