@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tar::EntryType;
 
-use crate::harness::{Case, Ended, Exit, Images, Layer, Program, Pty, Stdin, case, digest, wait_gone};
+use crate::harness::{Case, Ended, Exit, HANG, Images, Layer, Program, Pty, Stdin, case, digest, wait_gone};
 
 const OURS: &str = "runc runs bundles only";
 
@@ -500,8 +500,16 @@ fn killed_run_is_cleared_up() {
         if deleted {
             runtime.call(&["delete", "--force", "e2e-killed"]).code(0);
         } else {
-            // As after a restart of the host, when the state in memory is gone.
+            // As after a restart of the host, when the state in memory is gone, and with it the cgroup that an image's
+            // default limits have asked for.
             fs::remove_dir_all("/run/stockade/e2e-killed").unwrap();
+            let begin = Instant::now();
+            for cgroup in ["/sys/fs/cgroup/e2e-killed/vmm", "/sys/fs/cgroup/e2e-killed"] {
+                // Busy until the VMM has followed its supervisor.
+                while let Err(e) = fs::remove_dir(cgroup) {
+                    assert!(begin.elapsed() < HANG, "{cgroup}: {e}");
+                }
+            }
             images.run(&image, &["--", "true"]).code(0);
         }
         images.nothing_left();
