@@ -69,7 +69,7 @@ struct Pod {
 impl Pods {
     fn start(runtime: &Runtime) -> Result<Self, String> {
         let kind = kind(runtime).ok_or(NO_SHIM)?;
-        program::succeed(Command::new("modprobe").args(["-a", "veth", "bridge", "overlay"]))?;
+        program::succeed(Command::new("modprobe").args(["-a", "veth", "bridge", "overlay", "tun"]))?;
         let handlers = [(runtime.name.as_str(), kind)];
         let plugin = Plugin { pause: IMAGE, handlers: &handlers, settings: "" };
         let bridge = Bridge { name: BRIDGE.into(), number: 1 };
