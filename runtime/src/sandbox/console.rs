@@ -242,6 +242,25 @@ mod tests {
     }
 
     #[test]
+    fn a_gigabyte_costs_no_more_than_what_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (console, write) = Console::new().unwrap();
+        console.keep_in(dir.path());
+        nix::fcntl::fcntl(&write, nix::fcntl::FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        let flood = std::thread::spawn(move || {
+            let mut write = File::from(write);
+            (0..1 << 14).for_each(|_| write.write_all(&[b'x'; 1 << 16]).unwrap());
+        });
+        while console.read() != Left::End {
+            std::thread::yield_now();
+        }
+        flood.join().unwrap();
+        assert!(console.tail.borrow().capacity() <= 4 * KEEP);
+        let size: u64 = CONSOLE.map(|name| fs::metadata(dir.path().join(name)).unwrap().len()).iter().sum();
+        assert!(size <= 2 * FILE_MAX as u64, "{size}");
+    }
+
+    #[test]
     fn a_console_that_is_written_to_without_end_does_not_keep_the_event_loop() {
         let (console, write) = Console::new().unwrap();
         let mut write = File::from(write);
