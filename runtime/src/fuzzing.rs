@@ -39,7 +39,7 @@ pub fn talk_to_agent(bytes: &[u8]) -> Option<Vec<String>> {
             let (shake, set_up, created, exit, stats, list, events) = tokio::join!(
                 biased;
                 agent.handshake(),
-                agent.setup_sandbox(0, Vec::new()),
+                agent.setup_sandbox(0, Vec::new(), Default::default()),
                 agent.create("c", Vec::new(), [true; 3]),
                 agent.wait("c", ""),
                 agent.stats("c"),

@@ -16,7 +16,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, Spec};
 use stockade_agent_protocol::resources::Refused;
 
 pub use oci_spec::runtime::Hook;
@@ -180,6 +180,24 @@ pub fn limits(spec: &Spec) -> LinuxResources {
     limits
 }
 
+/// Host name and domain name of the host, as far as a container with this configuration has them: where it has none of
+/// its own, as under runc. Another's guest is told nothing of them.
+pub fn names_of_the_host(spec: &Spec) -> [String; 2] {
+    let namespaces = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+    let is_apart = namespaces.into_iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
+    [("hostname", spec.hostname()), ("domainname", spec.domainname())].map(|(file, own)| {
+        if is_apart && own.as_ref().is_some_and(|name| !name.is_empty()) {
+            return String::new();
+        }
+        let name = fs::read_to_string(Path::new("/proc/sys/kernel").join(file)).unwrap_or_default();
+        match name.trim_end() {
+            // A kernel that nobody has named, as the guest's is.
+            "(none)" => String::new(),
+            name => name.to_owned(),
+        }
+    })
+}
+
 /// Reads a bundle's config.json without looking at what it says.
 pub fn read_spec(bundle: &Path) -> Result<Spec, Error> {
     let path = bundle.join(CONFIG);
@@ -278,6 +296,17 @@ pub(crate) mod tests {
         fs::write(dir.path().join(CONFIG), config.to_string()).unwrap();
         let loaded = Bundle::load(dir.path());
         (dir, loaded)
+    }
+
+    #[test]
+    fn only_a_container_without_names_of_its_own_is_told_the_hosts() {
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim_end().to_owned();
+        let names = |changes| names_of_the_host(&bundle(changes).1.unwrap().spec);
+        let own = json!({"hostname": "own", "domainname": "own.example"});
+        assert_eq!(names(own), ["", ""]);
+        assert_eq!(names(json!({"hostname": null}))[0], host);
+        let namespaces = json!([{"type": "pid"}, {"type": "mount"}, {"type": "network"}]);
+        assert_eq!(names(json!({"hostname": null, "linux": {"namespaces": namespaces}}))[0], host);
     }
 
     /// RFC 7396, JSON merge patch.

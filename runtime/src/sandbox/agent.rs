@@ -3,12 +3,10 @@
 //! The guest is hostile. A reply is data; no call waits for ever at a moment when the caller could not give up; a
 //! message from the guest is made printable before anybody sees it.
 
-use std::fs;
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -98,17 +96,18 @@ impl Agent {
     }
 
     /// The second.
-    pub async fn setup_sandbox(&self, realtime_ns: u64, entropy: Vec<u8>) -> Result<(), Error> {
-        let name = |file: &str| {
-            let text = fs::read_to_string(Path::new("/proc/sys/kernel").join(file)).unwrap_or_default();
-            text.trim_end().to_owned()
-        };
+    pub async fn setup_sandbox(
+        &self,
+        realtime_ns: u64,
+        entropy: Vec<u8>,
+        [hostname, domainname]: [String; 2],
+    ) -> Result<(), Error> {
         let request = SetupSandboxRequest {
             share_tag: SHARE_TAG.into(),
             realtime_ns,
             entropy,
-            hostname: name("hostname"),
-            domainname: name("domainname"),
+            hostname,
+            domainname,
             ..Default::default()
         };
         call(self.0.setup_sandbox(context(), &request)).await.map(drop)

@@ -63,9 +63,6 @@ pub fn exec(
     };
     tracing::debug!("the exec runs");
     ready()?;
-    // There may be many of these, and each lasts: what reading arguments and configuration took goes back.
-    // SAFETY: malloc_trim(3) gives back only what is free.
-    unsafe { libc::malloc_trim(0) };
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()

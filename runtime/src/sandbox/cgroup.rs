@@ -3,9 +3,9 @@
 //! be told from the supervisor, and be killed or frozen with all that it might have become.
 //!
 //! It is the one that `linux.cgroupsPath` names. Where a bundle names none there is none, unless it asks for limits:
-//! then it is where runc would make it. Limits are those of the workload and what the VM
-//! needs besides, so that the guest's own OOM killer and scheduler act first. `delete` removes it, from the state
-//! alone; the parents that had to be made stay, as under runc.
+//! then it is where runc would make it. Limits are those of the workload and what the VM needs besides, so that the
+//! guest's own OOM killer and scheduler act first. `delete` removes it, from the state alone; the parents that had to be
+//! made stay, as under runc.
 
 use std::cell::Cell;
 use std::fs::{self, File};

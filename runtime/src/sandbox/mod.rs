@@ -189,6 +189,8 @@ pub struct Sandbox {
     outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
     oom_score: OomScore,
+    /// What the guest is called, where that is as the host is.
+    names: [String; 2],
     view: RefCell<Option<View>>,
 }
 
@@ -219,8 +221,15 @@ impl Spawned {
         Ok(self.vmm.process()?)
     }
 
-    /// Lets the VM boot with a share and what is in it so far. Needs a runtime around it.
-    pub fn boot(self, share: Share, size: VmSize, files: GuestFiles, debug: bool) -> Result<Sandbox, Error> {
+    /// Lets the VM boot for a container or a pod with this configuration, with a share and what is in it so far. Needs a runtime around it.
+    pub fn boot(
+        self,
+        spec: &Spec,
+        share: Share,
+        size: VmSize,
+        files: GuestFiles,
+        debug: bool,
+    ) -> Result<Sandbox, Error> {
         let Spawned { vmm, network, console, console_end, timeline, outside } = self;
         let tree = share.tree()?;
         let boot = Boot {
@@ -244,6 +253,7 @@ impl Spawned {
             outside: outside.into(),
             first_run_ns: Cell::new(0),
             oom_score: OomScore::default(),
+            names: bundle::names_of_the_host(spec),
             view: RefCell::default(),
         })
     }
@@ -317,7 +327,7 @@ impl Sandbox {
         let (hello, set_up) = tokio::join!(
             biased;
             self.first_answer(),
-            self.agent.setup_sandbox(crate::clock::realtime_ns(), entropy),
+            self.agent.setup_sandbox(crate::clock::realtime_ns(), entropy, self.names.clone()),
         );
         hello?;
         set_up.map_err(|source| Error::Agent { what: "set up the guest", source })

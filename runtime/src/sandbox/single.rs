@@ -112,7 +112,7 @@ fn run_to_its_end(
     let inside = runtime.enter();
     let share = Share::mount(reservation.dir().path().join(SHARE))?;
     share.add(&bundle, &adapted.binds)?;
-    let sandbox = spawned.boot(share, size, files, launch.debug)?;
+    let sandbox = spawned.boot(&bundle.spec, share, size, files, launch.debug)?;
     sandbox.add_oom_score(&bundle.spec);
     sandbox.keep_console(reservation.dir().path());
 

@@ -216,7 +216,7 @@ fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
     };
     reservation.dir().save(&state)?;
     let share = Share::mount(reservation.dir().path().join(SHARE))?;
-    let sandbox = spawned.boot(share, size, files, serve.flags.debug)?;
+    let sandbox = spawned.boot(&serve.spec, share, size, files, serve.flags.debug)?;
     sandbox.keep_console(reservation.dir().path());
     Ok(Booted { sandbox, shared, state, reservation, cgroup })
 }
