@@ -3,6 +3,7 @@
 //! take more memory than it is due, and the sandbox ends with a reason and leaves nothing.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -288,14 +289,14 @@ const CONNECTION: &str = r#"
 /// Tells the host that the attack has come so far: by a file, for which the guest needs no agent.
 const MARK: &str = r#" open(my $mark, ">", "/v/here") or die "mark: $!"; close $mark; "#;
 
-/// A privileged container that has run a script as far as [`MARK`].
+/// A privileged container that has run a script as far as [`MARK`], which it leaves in a directory. That has to outlive
+/// the container: the mark shows here before the guest has been told that it is made.
 #[track_caller]
-fn attacking(script: &str) -> Container {
-    let dir = host_scratch();
-    let bundle = privileged(Bundle::perl(script)).bind(dir.path(), "/v", &[]);
+fn attacking(script: &str, dir: &Path) -> Container {
+    let bundle = privileged(Bundle::perl(script)).bind(dir, "/v", &[]);
     let mut attacker = Runtime::under_test().start(&bundle, Stdin::Null);
     let begin = Instant::now();
-    while !dir.path().join("here").exists() {
+    while !dir.join("here").exists() {
         assert!(!attacker.program.ended_within(Duration::from_millis(10)), "{}", attacker.program.report());
         assert!(begin.elapsed() < HANG, "{}", attacker.program.report());
     }
@@ -306,11 +307,13 @@ fn agent_that_says_nothing_any_more_does_not_keep_a_sandbox() {
     let other = Runtime::under_test().idle();
     let script = format!("{SILENCE} {MARK} sleep 100000");
     // By force nobody in the guest is asked.
-    let attacker = attacking(&script);
+    let dir = host_scratch();
+    let attacker = attacking(&script, dir.path());
     attacker.op_with(&["delete", "--force"], &[]).code(0);
     attacker.op("state").refused();
     // Without it the guest has its time, and then that is the end.
-    let attacker = attacking(&script);
+    let dir = host_scratch();
+    let attacker = attacking(&script, dir.path());
     costs_what_it_may(&attacker);
     attacker.kill("KILL");
     let ended = attacker.finish();
@@ -333,7 +336,8 @@ fn garbage_in_the_agents_place_is_the_end_with_a_reason() {
         let script = format!(
             "{SILENCE} {CONNECTION} {MARK} syswrite $connection, {garbage}; shutdown $connection, 2; sleep 100000"
         );
-        let ended = attacking(&script).finish();
+        let dir = host_scratch();
+        let ended = attacking(&script, dir.path()).finish();
         assert!(matches!(ended.exit, Exit::Code(1..)), "{garbage}: {ended:?}");
         let reason = &ended.stderr;
         assert!(reason.contains("agent") || reason.contains("guest"), "{garbage}: {ended:?}");
@@ -350,7 +354,8 @@ fn chatter_in_the_agents_place_is_bounded() {
            while (syswrite $connection, $answer) {{}}
            sleep 100000"#
     );
-    let attacker = attacking(&script);
+    let dir = host_scratch();
+    let attacker = attacking(&script, dir.path());
     for _ in 0..5 {
         works(&other);
     }
