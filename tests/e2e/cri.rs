@@ -307,7 +307,7 @@ fn with_perl(config: &mut cri::ContainerConfig, volume: &Path) {
 fn containers_of_a_pod_share_volumes_as_one_file_system() {
     let pods = Pods::start();
     let pod = pods.run("shares", |_| ());
-    let volume = pods.volume("empty-dir", "shared");
+    let volume = pod.volume("empty-dir", "shared");
     let perl = |program: &str| format!("exec chroot /debian perl -e '{program}'");
     let reader = pod.start(
         "reader",
@@ -344,7 +344,7 @@ fn containers_of_a_pod_share_volumes_as_one_file_system() {
 fn volumes_of_kubelet_are_what_they_are_under_other_runtimes() {
     let pods = Pods::start();
     let pod = pods.run("volumes", |_| ());
-    let projected = pods.volume("projected", "config");
+    let projected = pod.volume("projected", "config");
     let publish = |number: u32| {
         let dir = format!("..{number}");
         fs::create_dir(projected.join(&dir)).unwrap();
@@ -354,15 +354,15 @@ fn volumes_of_kubelet_are_what_they_are_under_other_runtimes() {
     };
     publish(1);
     symlink("..data/key", projected.join("key")).unwrap();
-    let memory = pods.volume("empty-dir", "memory");
+    let memory = pod.volume("empty-dir", "memory");
     tool(&format!("mount -t tmpfs -o size=1m tmpfs {}", memory.display()));
-    let host = pods.volume("host-path", "dir");
+    let host = pod.volume("host-path", "dir");
     fs::create_dir_all(host.join("sub/path")).unwrap();
     fs::write(host.join("sub/path/file"), "deep\n").unwrap();
-    let message = pods.volume("pods", "containers").join("termination");
+    let message = pod.volume("pods", "containers").join("termination");
     fs::write(&message, "").unwrap();
     fs::set_permissions(&message, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
-    let subpath = pods.volume("subpath", "0");
+    let subpath = pod.volume("subpath", "0");
     tool(&format!("mount --bind {} {}", host.join("sub").display(), subpath.display()));
 
     let id = pod.start(
@@ -431,7 +431,7 @@ fn settings_of_a_pod_hold_in_its_containers() {
     let shm = pod.output(&first, "df -k /dev/shm | tail -1; echo shared > /dev/shm/file");
     assert!(shm.split_whitespace().any(|word| word == "65536"), "{shm}");
     assert_eq!(pod.output(&first, "cat /proc/1/comm"), "pause");
-    let volume = pods.volume("empty-dir", "owned");
+    let volume = pod.volume("empty-dir", "owned");
     tool(&format!("chgrp 2000 {0} && chmod 2775 {0}", volume.display()));
     let second = pod.start("second", IDLE, |config| {
         shares(config);
@@ -504,7 +504,7 @@ fn refuses(pods: &Pods) {
     };
     let message = start("privileged", &|config| security(config).privileged = true).unwrap_err();
     assert!(message.contains("privileged_without_host_devices"), "{message}");
-    let socket = pods.volume("host-path", "socket").join("socket");
+    let socket = pod.volume("host-path", "socket").join("socket");
     let _listens = UnixListener::bind(&socket).unwrap();
     let message =
         start("socket", &|config| config.mounts.push(mount(&socket, "/socket", false))).unwrap_err();

@@ -88,6 +88,8 @@ impl Pod {
             }
         };
         let vmm = kept.as_ref().and_then(|(_, state)| state.borrow().vmm);
+        let volumes =
+            kept.as_ref().map(|(_, state)| Volumes::of(&state.borrow().annotations)).unwrap_or_default();
         let pid = vmm.map_or(std::process::id(), |vmm| vmm.pid as u32);
         Rc::new(Pod {
             id,
@@ -98,7 +100,7 @@ impl Pod {
             pid,
             finished: Notify::new(),
             shared,
-            volumes: RefCell::default(),
+            volumes: RefCell::new(volumes),
             vm,
             kept,
             up: Cell::new(false),

@@ -5,7 +5,7 @@
 //! A volume that some mount read-only and others do not is two, unless it is the pod's own: what the pod may not
 //! write to is read-only on the host, where the guest cannot change that.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,12 +14,18 @@ use crate::bundle::guest::{Bind, Placed, ReadOnly};
 
 /// Where they are in the share. No container's id has the character.
 const DIRECTORY: &str = "=volumes";
-/// Part of the path of a directory that kubelet makes for a pod and removes with it.
-const EMPTY_DIR: &str = "/volumes/kubernetes.io~empty-dir/";
+/// Where containerd says which pod a sandbox is: its uid.
+const CRI_UID: &str = "io.kubernetes.cri.sandbox-uid";
+/// Where CRI-O does: the labels that kubelet gave it, as an object in JSON,
+const CRI_O_LABELS: &str = "io.kubernetes.cri-o.Labels";
+/// and which of them has the uid.
+const UID_LABEL: &str = "io.kubernetes.pod.uid";
 
 /// All of a pod's.
 #[derive(Debug, Default)]
 pub struct Volumes {
+    /// Part of the paths of directories that kubelet makes for this pod and removes with it, if the pod is known.
+    empty_dirs: Option<String>,
     made: usize,
     all: Vec<Volume>,
 }
@@ -34,10 +40,23 @@ struct Volume {
 }
 
 impl Volumes {
+    /// None yet, of the pod that a sandbox with these annotations is.
+    pub fn of(annotations: &BTreeMap<String, String>) -> Self {
+        let label = || {
+            let labels: BTreeMap<String, String> =
+                serde_json::from_str(annotations.get(CRI_O_LABELS)?).ok()?;
+            labels.get(UID_LABEL).cloned()
+        };
+        let uid = annotations.get(CRI_UID).cloned().or_else(label).filter(|uid| !uid.is_empty());
+        let empty_dirs = uid.map(|uid| format!("/pods/{uid}/volumes/kubernetes.io~empty-dir/"));
+        Self { empty_dirs, ..Self::default() }
+    }
+
     /// Finds the place of what a container mounts.
     pub fn place(&mut self, bind: Bind, container: &str) -> Placed {
         let file = fs::metadata(&bind.source).ok().map(|found| (found.dev(), found.ino()));
-        let is_pods_own = bind.source.to_string_lossy().contains(EMPTY_DIR);
+        let source = bind.source.to_string_lossy();
+        let is_pods_own = self.empty_dirs.as_ref().is_some_and(|dirs| source.contains(dirs));
         let readonly = if is_pods_own { ReadOnly::No } else { bind.readonly };
         let bind = Bind { readonly, ..bind };
         let same = |known: &&mut Volume| {
@@ -110,11 +129,29 @@ mod tests {
     #[test]
     fn an_empty_directory_of_the_pod_is_one_for_readers_and_writers() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("volumes/kubernetes.io~empty-dir/v");
-        fs::create_dir_all(&path).unwrap();
-        let mut volumes = Volumes::default();
-        let reader = volumes.place(bind(&path, ReadOnly::All), "a");
-        assert_eq!(reader.bind.unwrap().readonly, ReadOnly::No);
-        assert_eq!(volumes.place(bind(&path, ReadOnly::No), "b").target, reader.target);
+        let path = |uid: &str| {
+            let path = dir.path().join(format!("pods/{uid}/volumes/kubernetes.io~empty-dir/v"));
+            fs::create_dir_all(&path).unwrap();
+            path
+        };
+        for (key, value) in
+            [(CRI_UID, "the-pod"), (CRI_O_LABELS, r#"{"io.kubernetes.pod.uid":"the-pod","a":"b"}"#)]
+        {
+            let mut volumes = Volumes::of(&[(key.into(), value.into())].into());
+            let reader = volumes.place(bind(&path("the-pod"), ReadOnly::All), "a");
+            assert_eq!(reader.bind.unwrap().readonly, ReadOnly::No);
+            assert_eq!(volumes.place(bind(&path("the-pod"), ReadOnly::No), "b").target, reader.target);
+            // Another's is what this one has been given of it.
+            let others = volumes.place(bind(&path("another"), ReadOnly::All), "a");
+            assert_eq!(others.bind.unwrap().readonly, ReadOnly::All);
+        }
+        for unknown in [
+            BTreeMap::new(),
+            [(CRI_UID.into(), String::new())].into(),
+            [(CRI_O_LABELS.into(), "no".into())].into(),
+        ] {
+            let reader = Volumes::of(&unknown).place(bind(&path("the-pod"), ReadOnly::All), "a");
+            assert_eq!(reader.bind.unwrap().readonly, ReadOnly::All);
+        }
     }
 }

@@ -122,13 +122,6 @@ impl Pods {
         self.ask::<cri::ListPodSandboxResponse>("ListPodSandbox", &request).items
     }
 
-    /// A directory on the host for a volume, as kubelet has one for each volume of a pod: `kind` is the kind of volume.
-    pub fn volume(&self, kind: &str, name: &str) -> PathBuf {
-        let path = self.containerd.dir().join(format!("pods/volumes/kubernetes.io~{kind}/{name}"));
-        fs::create_dir_all(&path).unwrap();
-        path
-    }
-
     /// What shims keep of pods.
     pub fn state_of_shims(&self) -> Vec<String> {
         self.containerd.state_of_shims(NAMESPACE)
@@ -166,6 +159,14 @@ pub struct Pod<'a> {
 }
 
 impl Pod<'_> {
+    /// A directory on the host for a volume, as kubelet has one for each volume of a pod: `kind` is the kind of volume.
+    pub fn volume(&self, kind: &str, name: &str) -> PathBuf {
+        let uid = &self.config.metadata.uid;
+        let path = self.pods.containerd.dir().join(format!("pods/{uid}/volumes/kubernetes.io~{kind}/{name}"));
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
     fn named(&self) -> cri::PodSandboxId {
         cri::PodSandboxId { pod_sandbox_id: self.id.clone(), ..Default::default() }
     }
