@@ -61,8 +61,8 @@ pub fn exec(
         }
         _ => return Err(Error::SupervisorGone),
     };
-    tracing::debug!("the exec runs");
     ready()?;
+    give_back();
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -98,6 +98,20 @@ pub fn exec(
     });
     stdio.restore();
     exit
+}
+
+/// Gives back what only the start took, of the heap and of the stack: this process may wait for days, one an exec.
+fn give_back() {
+    const PAGE: usize = 4096;
+    // What the kernel keeps free below a stack (its stack_guard_gap).
+    const DEPTH: usize = 256 * PAGE;
+    let here = 0_u8;
+    let end = ((&raw const here).addr() - PAGE) & !(PAGE - 1);
+    // SAFETY: what lies below this frame by more than a page is in use by nobody, and is stack or not mapped at all.
+    unsafe {
+        libc::malloc_trim(0);
+        libc::madvise((end - DEPTH) as *mut libc::c_void, DEPTH, libc::MADV_DONTNEED);
+    }
 }
 
 /// The streams come in order, without gaps for those that were not wanted.

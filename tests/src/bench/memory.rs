@@ -80,7 +80,7 @@ pub struct Pss {
     pub total: f64,
     /// The part that is a guest's memory.
     pub guest: f64,
-    /// What nobody else has: it goes with the processes.
+    /// What nobody else has: it goes with the processes. Pages of files are the cache's, whoever maps them.
     pub private: f64,
 }
 
@@ -149,7 +149,7 @@ fn of_process(pid: u32) -> Result<Pss, String> {
     })
 }
 
-/// One mapping: addresses, file (empty: anonymous), PSS and private memory in KiB.
+/// One mapping: addresses, file (empty: anonymous), PSS and memory of its own in KiB.
 struct Mapping {
     start: u64,
     end: u64,
@@ -175,8 +175,8 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
             (None, Some(mapping)) if first == "Pss:" => {
                 mapping.pss = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
             }
-            (None, Some(mapping)) if first.starts_with("Private_") && first != "Private_Hugetlb:" => {
-                mapping.private += words.next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+            (None, Some(mapping)) if first == "Private_Dirty:" => {
+                mapping.private = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
             }
             _ => {}
         }
