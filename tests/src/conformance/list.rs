@@ -1,13 +1,12 @@
 //! The kept list: cases of the suite whose premise is false here, each with a reason.
 //!
-//! It is a page to read (`tests/conformance/runc.md`): the tables in it are the list, and the word after `##` says for
-//! which runtimes the tables below it count. A case is on it because of what it presumes, never because it fails; so
+//! It is a page to read, one for each suite in `tests/conformance`: the tables in it are the list, and the word after
+//! `##` says for which runtimes the tables below it count. A case is on it because of what it presumes, never because it fails; so
 //! one that passes nevertheless has no place there.
 
+use super::suite::Suite;
 use super::tap::Case;
 use std::collections::{BTreeMap, BTreeSet};
-
-const KEPT: &str = include_str!("../../conformance/runc.md");
 
 /// Why a case cannot apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,9 +46,16 @@ impl List {
         self.cases.get(case)?.iter().copied().find(|kind| kind.counts_for(runtime))
     }
 
-    /// The one that is kept.
-    pub fn kept() -> Result<List, String> {
-        List::parse(KEPT).map_err(|why| format!("tests/conformance/runc.md: {why}"))
+    /// Whether the lab has not what a case needs, whatever the runtime.
+    pub fn needs_more_than_the_lab(&self, file: &str, case: &str) -> bool {
+        let kinds = self.cases.get(&(file.to_string(), case.to_string()));
+        kinds.is_some_and(|kinds| kinds.contains(&Kind::Lab))
+    }
+
+    /// The one that is kept for a suite.
+    pub fn kept(suite: &Suite) -> Result<List, String> {
+        let (text, place) = suite.kept;
+        List::parse(text).map_err(|why| format!("{place}: {why}"))
     }
 
     fn parse(text: &str) -> Result<List, String> {
@@ -80,11 +86,14 @@ impl List {
 
 #[cfg(test)]
 mod tests {
+    use super::super::suite::SUITES;
     use super::*;
 
     #[test]
-    fn the_kept_list_can_be_read() {
-        assert!(!List::kept().unwrap().cases.is_empty());
+    fn the_kept_lists_can_be_read() {
+        for suite in SUITES {
+            assert!(!List::kept(suite).unwrap().cases.is_empty());
+        }
     }
 
     #[test]

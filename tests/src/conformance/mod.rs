@@ -1,13 +1,14 @@
-//! runc's own test suite, run against stockade and, to compare, against runc and crun.
+//! Test suites of others, run against stockade and, to compare, against runc and crun.
 //!
-//! The suite is that of Debian's source package; none of it is kept here, only a list of the cases that cannot apply
-//! and why (`tests/conformance/runc.md`). Each runtime has a life of the lab for itself. What the suite's helper
-//! programs do is done by programs of our own, and the root file systems it would download are the lab's.
+//! They are those of Debian's source packages; none of them is kept here, only lists of the cases that cannot apply
+//! and why (`tests/conformance`). Each runtime has a life of the lab for itself.
 
 mod list;
 pub mod recvtty;
 mod report;
+mod runc;
 mod source;
+mod suite;
 mod tap;
 
 use crate::lab::{Lab, LabError};
@@ -23,16 +24,12 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::RecvTimeoutError;
-use std::time::Duration;
+use suite::LaidOut;
+pub use suite::{SUITES, Suite};
 
 /// The runtimes that are compared, in the order of the table.
 pub const RUNTIMES: [&str; 3] = ["runc", "crun", "stockade"];
 
-/// Limit for one runtime's life of the lab: on two cores stockade needs a third of it.
-const LIMIT: Duration = Duration::from_secs(3 * 3600);
-/// A case that says nothing for longer hangs; some wait for 10 s or more where nothing is emulated. (The limit that
-/// bats has is a child of the case's shell, and cases that wait for all of their children would wait for it.)
-const STALLED: Duration = Duration::from_secs(300);
 /// Where the suite and what it needs are in the lab.
 const PAYLOAD: &str = "/payload/conformance";
 /// Where the suite is laid out to run: it writes beside itself.
@@ -41,6 +38,8 @@ const WORK: &str = "/tmp/conformance";
 /// What is to be run.
 #[derive(Debug, Clone)]
 pub struct Plan {
+    /// Whose cases.
+    pub suite: &'static Suite,
     /// Names from [`RUNTIMES`].
     pub runtimes: Vec<String>,
     /// Only these files of the suite; all if there are none.
@@ -49,8 +48,10 @@ pub struct Plan {
     pub filter: Option<String>,
     /// `bin/stockade` and `lib/stockade`.
     pub stage: PathBuf,
-    /// Receives a folder for each runtime with what each file said.
+    /// Receives a folder for each suite, in it one for each runtime with what each file said.
     pub out: PathBuf,
+    /// Runs nothing: the table is of what is there from before.
+    pub report_only: bool,
 }
 
 trait Context<T> {
@@ -67,14 +68,18 @@ impl<T, E: Display> Context<T> for Result<T, E> {
 /// Runs the suite against each runtime, in the lab, and prints the table. False when a case of stockade failed that
 /// is not on the list, or the list is not true any more.
 pub fn compare(plan: &Plan) -> Result<bool, String> {
-    let list = List::kept()?;
-    let source = source::ensure().map_err(|error: LabError| error.to_string())?;
+    let list = List::kept(plan.suite)?;
+    let folder = plan.out.join(plan.suite.name);
+    if !plan.report_only {
+        let source = plan.suite.source.ensure().map_err(|error: LabError| error.to_string())?;
+        for runtime in &plan.runtimes {
+            let _ = fs::remove_dir_all(folder.join(runtime));
+            run_in_lab(plan, runtime, &source, &folder)?;
+        }
+    }
     let mut columns = Vec::new();
     for runtime in &plan.runtimes {
-        let out = plan.out.join(runtime);
-        let _ = fs::remove_dir_all(&out);
-        run_in_lab(plan, runtime, &source)?;
-        columns.push((runtime.clone(), tap::read_folder(&out)?));
+        columns.push((runtime.clone(), tap::read_folder(&folder.join(runtime))?));
     }
     let whole = plan.files.is_empty() && plan.filter.is_none();
     let report = report::Report::new(&columns, &list, whole);
@@ -82,13 +87,13 @@ pub fn compare(plan: &Plan) -> Result<bool, String> {
     Ok(report.good())
 }
 
-fn run_in_lab(plan: &Plan, runtime: &str, source: &Path) -> Result<(), String> {
-    let mut lab = Lab { limit: LIMIT, out: Some(plan.out.clone()), ..Lab::default() };
+fn run_in_lab(plan: &Plan, runtime: &str, source: &Path, out: &Path) -> Result<(), String> {
+    let mut lab = Lab { limit: plan.suite.limit, out: Some(out.into()), ..Lab::default() };
     if plan.stage.is_dir() {
         lab.payload.add(&plan.stage, "");
     }
     lab.payload.add(source, "conformance");
-    let mut words = vec!["--runtime".to_string(), runtime.to_string()];
+    let mut words = ["--suite", plan.suite.name, "--runtime", runtime].map(String::from).to_vec();
     if let Some(filter) = &plan.filter {
         words.extend(["--filter".into(), filter.clone()]);
     }
@@ -106,16 +111,16 @@ pub fn run_suite(plan: &Plan) -> Result<(), String> {
         return Err("one runtime at a time".into());
     };
     let program = find_on_path(runtime).ok_or(format!("no {runtime} on PATH"))?;
-    let suite = lay_out()?;
+    let suite = (plan.suite.lay_out)(&program)?;
     let out = Path::new("/out").join(runtime);
     fs::create_dir_all(&out).or_say("make the results' folder")?;
     let mut files = plan.files.clone();
     if files.is_empty() {
-        files = bats_files(&suite)?;
+        files = bats_files(&suite.folder)?;
     }
     for name in &files {
         println!("# {runtime} {name}");
-        run_file(&suite.join(name), &program, plan.filter.as_deref(), &out.join(format!("{name}.tap")))?;
+        run_file(plan, &suite, name, &program, &out.join(format!("{name}.tap")))?;
     }
     Ok(())
 }
@@ -136,31 +141,9 @@ fn bats_files(suite: &Path) -> Result<Vec<String>, String> {
     Ok(names)
 }
 
-/// Puts the suite where it can write, with its root file systems, its receiver of terminals, and a C compiler on PATH
-/// for the few cases that compile something.
-fn lay_out() -> Result<PathBuf, String> {
-    let suite = Path::new(WORK).join("tests/integration");
-    let tool = Path::new(WORK).join("contrib/cmd/recvtty").join(recvtty::NAME);
-    let exe = std::env::current_exe().or_say("find this executable")?;
-    sh(&format!("cp -a {PAYLOAD}/suite {WORK}"))?;
-    // As images are: with nothing in /dev, and busybox's without the places that runtimes mount on.
-    for (name, left_out) in [("busybox", "--exclude ./proc --exclude ./sys"), ("debian", "")] {
-        let rootfs = format!("/bundles/{name}/rootfs");
-        sh(&format!("tar -C {rootfs} --exclude './dev/*' {left_out} -cf {WORK}/{name}.tar ."))?;
-    }
-    let images =
-        format!("#!/bin/sh\necho BUSYBOX_IMAGE={WORK}/busybox.tar\necho DEBIAN_IMAGE={WORK}/debian.tar\n");
-    fs::write(suite.join("get-images.sh"), images).or_say("write the images' places")?;
-    sh(&format!("mkdir -p {0} && ln -s {1} {2}", parent(&tool), exe.display(), tool.display()))?;
-    // Cases ask for block devices, and look for what cgroups can do in one that is not the root.
-    sh("modprobe -a loop bfq; mkdir /sys/fs/cgroup/conformance")?;
-    // Two layers of files that are only read.
-    sh(&format!("mount -t overlay overlay -o lowerdir={PAYLOAD}/tools/usr:/usr /usr"))?;
-    Ok(suite)
-}
-
-fn parent(path: &Path) -> String {
-    path.parent().unwrap_or(Path::new("/")).display().to_string()
+/// Two layers of files that are only read: the lab's and the tools' that a suite needs.
+fn cover_usr() -> Result<(), String> {
+    sh(&format!("mount -t overlay overlay -o lowerdir={PAYLOAD}/tools/usr:/usr /usr"))
 }
 
 fn sh(script: &str) -> Result<(), String> {
@@ -168,33 +151,50 @@ fn sh(script: &str) -> Result<(), String> {
     status.success().then_some(()).ok_or_else(|| format!("`{script}` failed: {status}"))
 }
 
-fn run_file(file: &Path, program: &Path, filter: Option<&str>, to: &Path) -> Result<(), String> {
+fn run_file(plan: &Plan, suite: &LaidOut, name: &str, program: &Path, to: &Path) -> Result<(), String> {
+    let mut kept = fs::File::create(to).or_say(to.display())?;
+    let file = suite.folder.join(name);
     let mut command = Command::new("bats");
     command.args(["--formatter", "tap", "--timing"]);
-    if let Some(filter) = filter {
+    if let Some(filter) = &plan.filter {
         command.args(["--filter", filter]);
+    } else {
+        // Some of them would only hang.
+        let text = fs::read_to_string(&file).or_say(file.display())?;
+        let list = List::kept(plan.suite)?;
+        let (left_out, run): (Vec<_>, Vec<_>) =
+            tap::names(&text).into_iter().partition(|case| list.needs_more_than_the_lab(name, case));
+        for case in &left_out {
+            writeln!(kept, "{}{case}", tap::LEFT_OUT).or_say(to.display())?;
+        }
+        if run.is_empty() {
+            return writeln!(kept, "1..0").or_say(to.display());
+        }
+        if !left_out.is_empty() {
+            command.args(["--filter", &tap::pattern(&run)]);
+        }
     }
-    command.arg(file).env("RUNC", program);
-    // The suite distinguishes these.
+    command.arg(&file).envs(suite.environment.iter().cloned());
+    // runc's suite distinguishes these.
     for name in ["RUNC_USE_SYSTEMD", "ROOTLESS_FEATURES"] {
         command.env_remove(name);
     }
+    let runtime = program.file_name().unwrap_or_default().to_string_lossy();
+    let waits_for = plan.suite.waits_for.unwrap_or(&runtime);
     let _terminal = on_a_terminal(&mut command).or_say("give bats a terminal")?;
     let mut child = command.stdout(Stdio::piped()).spawn().or_say("run bats")?;
-    let mut kept = fs::File::create(to).or_say(to.display())?;
     let (send, lines) = std::sync::mpsc::channel();
     let output = BufReader::new(child.stdout.take().ok_or("bats has no output")?);
     std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
     loop {
-        let line = match lines.recv_timeout(STALLED) {
+        let line = match lines.recv_timeout(plan.suite.stalled) {
             Ok(line) => line,
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) => {
-                println!("# hung: nothing was said for {} s", STALLED.as_secs());
-                // bats leads a session. Without the runtime that it waits for, the case fails, and the next begins.
+                println!("# hung: nothing was said for {} s", plan.suite.stalled.as_secs());
+                // bats leads a session. Without what it waits for, the case fails, and the next begins.
                 let session = child.id() as i32;
-                let runtime = program.file_name().unwrap_or_default();
-                let hung = in_session(session, &runtime.to_string_lossy());
+                let hung = in_session(session, waits_for);
                 if hung.is_empty() {
                     let _ = killpg(Pid::from_raw(session), Signal::SIGKILL);
                     break;

@@ -59,8 +59,8 @@ impl Report {
                             usize::from(runtime == &columns[0].0);
                         Row::Skipped
                     }
-                    (Outcome::Failed, Some(kind)) => Row::Listed(kind),
-                    (Outcome::Failed, None) => {
+                    (Outcome::Failed | Outcome::LeftOut, Some(kind)) => Row::Listed(kind),
+                    (Outcome::Failed | Outcome::LeftOut, None) => {
                         report.failed.push((runtime.clone(), case.clone()));
                         Row::Failed
                     }

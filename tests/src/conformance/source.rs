@@ -1,4 +1,4 @@
-//! Fetches the suite: the source package of Debian's runc, and the packages its cases compile with.
+//! Fetches a suite: a source package of Debian's, and the packages that its cases need.
 //!
 //! Both are a cache entry outside the checkout; `versions` in it says what Debian served. Only the suite's own folders
 //! are unpacked, and nothing of them is built.
@@ -14,42 +14,53 @@ use std::process::Command;
 /// Raise this when the steps below change what they make.
 const RECIPE: u32 = 1;
 const SUITE: &str = "bookworm";
-const SOURCE: &str = "runc";
-/// What is unpacked of the source package: the suite, and what it calls of the helpers' folders.
-const FOLDERS: [&str; 2] = ["tests/integration", "contrib/cmd"];
-/// What the lab has not, of the packages that Debian's own run of the suite asks for.
-const TOOLS: &str = "gcc,libc6-dev,gawk";
 /// What of these packages must not cover the lab's own files, or only takes room.
 const UNWANTED: &str = "usr/share usr/bin/dpkg* usr/bin/lto-dump* usr/sbin";
 
-/// A folder with `suite/` and `tools/usr/`, from the cache or made now.
-pub fn ensure() -> Result<PathBuf, LabError> {
-    let recipe = format!("{RECIPE}\n{SUITE}\n{SOURCE}\n{FOLDERS:?}\n{TOOLS}\n{UNWANTED}\n");
-    let hash: String = Sha256::digest(recipe).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    cache::entry("conformance", &hash, build)
+/// What there is to fetch.
+pub struct Source {
+    /// The source package.
+    pub package: &'static str,
+    /// What is unpacked of it.
+    pub folders: &'static [&'static str],
+    /// Binary packages whose files the lab has not.
+    pub tools: &'static str,
+    /// The kind of cache entry.
+    pub kind: &'static str,
 }
 
-fn build(work: &Path) -> Result<(), LabError> {
-    let mut steps = Steps::new("runc's test suite", work, &[5, 10]);
+impl Source {
+    /// A folder with `suite/` and `tools/usr/`, from the cache or made now.
+    pub fn ensure(&self) -> Result<PathBuf, LabError> {
+        let Source { package, folders, tools, kind } = self;
+        let recipe = format!("{RECIPE}\n{SUITE}\n{package}\n{folders:?}\n{tools}\n{UNWANTED}\n");
+        let hash: String = Sha256::digest(recipe).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        cache::entry(kind, &hash, |work| build(work, self))
+    }
+}
+
+fn build(work: &Path, source: &Source) -> Result<(), LabError> {
+    let Source { package, folders, tools, .. } = source;
+    let mut steps = Steps::new("test suite", work, &[5, 10]);
     steps.run("fetch Debian's source package", |step| {
         let sources = sources()?;
         fs::write(work.join("sources.list"), sources).map_err(io_error("write apt's sources"))?;
         fs::create_dir_all(work.join("lists/partial")).map_err(io_error("make apt's folder"))?;
         let mut apt = |words: &[&str]| step.command(apt_get(work).args(words));
         apt(&["update"])?;
-        apt(&["source", "--download-only", SOURCE])?;
+        apt(&["source", "--download-only", package])?;
         fs::create_dir(work.join("suite")).map_err(io_error("make the suite's folder"))?;
-        let wanted: Vec<String> = FOLDERS.map(|folder| format!("'*/{folder}'")).into();
+        let wanted: Vec<String> = folders.iter().map(|folder| format!("'*/{folder}'")).collect();
         let script = format!(
-            "tar -C suite --strip-components=1 --wildcards -xf {SOURCE}_*.orig.tar.* {}; ls *.dsc >versions; \
-             rm -rf {SOURCE}_* lists sources.list",
+            "tar -C suite --strip-components=1 --wildcards -xf {package}_*.orig.tar.* {}; ls *.dsc >versions; \
+             rm -rf {package}_* lists sources.list",
             wanted.join(" ")
         );
         step.command(Command::new("sh").args(["-ec", &script]).current_dir(work))
     })?;
-    steps.run("unpack a C compiler for its cases", |step| {
+    steps.run("unpack the tools of its cases", |step| {
         let mut command = Command::new("mmdebstrap");
-        command.args(["--variant=extract", &format!("--include={TOOLS}"), SUITE]).arg(work.join("root"));
+        command.args(["--variant=extract", &format!("--include={tools}"), SUITE]).arg(work.join("root"));
         step.command(&mut command)?;
         let script = format!("cd root; rm -rf {UNWANTED}; mkdir ../tools; mv usr ../tools/; rm -rf ../root");
         step.command(Command::new("sh").args(["-ec", &script]).current_dir(work))

@@ -12,7 +12,12 @@ pub enum Outcome {
     /// The suite itself found that this host has not what the case needs; with its words.
     Skipped(String),
     Failed,
+    /// Not run, because the kept list says that the lab has not what it needs.
+    LeftOut,
 }
+
+/// How a line begins that tells of a case which was not run.
+pub const LEFT_OUT: &str = "# left out: ";
 
 /// A case's file and name.
 pub type Case = (String, String);
@@ -34,6 +39,7 @@ pub fn read_folder(folder: &Path) -> Result<BTreeMap<Case, Outcome>, String> {
 fn parse(text: &str) -> Result<Vec<(String, Outcome)>, String> {
     let mut planned = None;
     let mut cases = Vec::new();
+    let mut left_out = Vec::new();
     for line in text.lines() {
         if let Some(count) = line.strip_prefix("1..") {
             planned = count.trim().parse::<usize>().ok();
@@ -42,6 +48,8 @@ fn parse(text: &str) -> Result<Vec<(String, Outcome)>, String> {
             cases.push((name, skip.map_or(Outcome::Passed, Outcome::Skipped)));
         } else if let Some(rest) = line.strip_prefix("not ok ") {
             cases.push((case(rest).0, Outcome::Failed));
+        } else if let Some(name) = line.strip_prefix(LEFT_OUT) {
+            left_out.push((name.to_string(), Outcome::LeftOut));
         }
     }
     match planned {
@@ -51,7 +59,7 @@ fn parse(text: &str) -> Result<Vec<(String, Outcome)>, String> {
         Some(count) => {
             let lost =
                 (cases.len() + 1..=count).map(|n| (format!("(case {n} did not end)"), Outcome::Failed));
-            cases.extend(lost.collect::<Vec<_>>());
+            cases.extend(lost.chain(left_out).collect::<Vec<_>>());
             Ok(cases)
         }
         None => Err("no cases were announced".into()),
@@ -75,6 +83,24 @@ fn case(rest: &str) -> (String, Option<String>) {
 fn is_time(word: &str) -> bool {
     let digits = word.strip_suffix("ms").or(word.strip_suffix("sec")).unwrap_or_default();
     !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// The names of the cases that a file of a suite has.
+pub fn names(text: &str) -> Vec<&str> {
+    let heads = text.lines().filter_map(|line| line.strip_prefix("@test "));
+    heads
+        .filter_map(|head| head.trim_end().strip_suffix('{'))
+        .map(|name| name.trim().trim_matches(['"', '\'']))
+        .collect()
+}
+
+/// A pattern for bats that matches these names and no others.
+pub fn pattern(names: &[&str]) -> String {
+    let literal = |name: &&str| {
+        let escaped = |c: char| r"\.[]{}()*+?^$|".contains(c).then_some('\\');
+        name.chars().flat_map(|c| escaped(c).into_iter().chain([c])).collect::<String>()
+    };
+    format!("^({})$", names.iter().map(literal).collect::<Vec<_>>().join("|"))
 }
 
 #[cfg(test)]
@@ -102,5 +128,19 @@ mod tests {
         assert_eq!(cases[2].1, Outcome::Failed);
         assert!(parse("").is_err());
         assert!(parse("1..1\nok 1 a\nok 2 b\n").is_err());
+    }
+
+    #[test]
+    fn a_case_that_is_left_out_is_no_other_outcome() {
+        let cases = parse("1..1\nok 1 a\n# left out: b (c)\n").unwrap();
+        assert_eq!(cases[1], ("b (c)".to_string(), Outcome::LeftOut));
+        assert_eq!(parse("1..0\n# left out: b\n").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_file_s_names_become_a_pattern_of_just_them() {
+        let text = "#!/usr/bin/env bats\n@test \"runs (a|b)\" {\n}\n@test \"is $HOME\"  {\n";
+        assert_eq!(names(text), ["runs (a|b)", "is $HOME"]);
+        assert_eq!(pattern(&names(text)), r"^(runs \(a\|b\)|is \$HOME)$");
     }
 }
