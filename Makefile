@@ -12,7 +12,7 @@ export CARGO_TARGET_DIR
 help:
 	@echo 'make run          set everything up and run a container in a microVM'
 	@echo 'make test         set everything up and run all tests'
-	@echo "make conformance  runc's own test suite against runc, crun and stockade"
+	@echo "make conformance  runc's own test suite against runc, crun and stockade; SUITE=podman: Podman's"
 	@echo '                  (RUNC=stockade: only that one; FILES="exec.bats": only these files of it)'
 	@echo 'make fuzz         look for inputs that harm the host, T=60 seconds a target; ONLY=vsock one of them'
 	@echo 'make bench        measure on the virtual clock, beside runc and crun (CASES="…": some cases only)'

@@ -211,13 +211,14 @@ run_benchmark() {
     did="in $CARGO_TARGET_DIR/bench"
 }
 
-# runc's own suite, in the lab whatever this machine has: it makes cgroups and mounts wherever it runs.
+# runc's own suite or Podman's, in the lab whatever this machine has: they make cgroups and mounts wherever they run.
 run_conformance() {
-    local arguments=() files
+    local arguments=() files log=$logs/conformance-${SUITE:-runc}.log
+    [ -z "${SUITE:-}" ] || arguments+=(--suite "$SUITE")
     [ -z "${RUNC:-}" ] || arguments+=(--runtime "$RUNC")
     read -ra files <<<"${FILES:-}"
-    "$release/stockade-conformance" "${arguments[@]}" "${files[@]}" | tee "$logs/conformance.log"
-    did="see $logs/conformance.log"
+    "$release/stockade-conformance" "${arguments[@]}" "${files[@]}" | tee "$log"
+    did="see $log"
 }
 
 # With the fuzz targets over their corpora (tests/fuzz): the same few inputs each time.

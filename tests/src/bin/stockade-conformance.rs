@@ -1,4 +1,4 @@
-//! `stockade-conformance`: test suites of others, run in the lab against stockade, runc and crun.
+//! `stockade-conformance`: test suites of runc and Podman, run in the lab against stockade, runc and crun.
 //!
 //! Started outside, it fetches a suite, runs itself in the lab once for each runtime, and prints the table. Called
 //! `recvtty`, it is the receiver of terminals that runc's suite asks for.
@@ -12,7 +12,7 @@ const USAGE: &str = "\
 stockade-conformance [--suite NAME] [--runtime NAME] [--filter REGEX] [--stage DIR] [--out DIR] [--report]
     [FILE.bats...]
 
-  --suite NAME    whose: runc
+  --suite NAME    whose: runc (the default) or podman
   --runtime NAME  only this one of stockade, runc and crun; more than once: only these
   --filter REGEX  only cases whose name matches
   --stage DIR     bin/stockade and lib/stockade to test (default $STOCKADE_STAGE, <target directory>/stage)

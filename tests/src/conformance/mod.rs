@@ -1,9 +1,10 @@
-//! Test suites of others, run against stockade and, to compare, against runc and crun.
+//! Test suites of others, run against stockade and, to compare, against runc and crun: runc's own, and Podman's.
 //!
 //! They are those of Debian's source packages; none of them is kept here, only lists of the cases that cannot apply
 //! and why (`tests/conformance`). Each runtime has a life of the lab for itself.
 
 mod list;
+mod podman;
 pub mod recvtty;
 mod report;
 mod runc;

@@ -1,7 +1,7 @@
 //! The suites that there are: where each comes from, what it needs, and how it is told which runtime to use.
 
-use super::runc;
 use super::source::Source;
+use super::{podman, runc};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -33,8 +33,8 @@ pub struct LaidOut {
     pub environment: Vec<(&'static str, PathBuf)>,
 }
 
-/// All.
-pub const SUITES: [&Suite; 1] = [&runc::SUITE];
+/// Both.
+pub const SUITES: [&Suite; 2] = [&runc::SUITE, &podman::SUITE];
 
 impl Suite {
     /// By its name.
