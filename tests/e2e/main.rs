@@ -33,6 +33,7 @@ mod operations;
 mod podman;
 mod process;
 mod stdio;
+mod systemd;
 mod tty;
 mod wall;
 
@@ -85,6 +86,7 @@ fn main() -> ExitCode {
         podman::CASES,
         process::CASES,
         stdio::CASES,
+        systemd::CASES,
         tty::CASES,
         wall::CASES,
     ]

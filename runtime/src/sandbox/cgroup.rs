@@ -5,7 +5,9 @@
 //! It is the one that `linux.cgroupsPath` names. Where a bundle names none there is none, unless it asks for limits:
 //! then it is where runc would make it. Limits are those of the workload and what the VM needs besides, so that the
 //! guest's own OOM killer and scheduler act first. `delete` removes it, from the state alone; the parents that had to be
-//! made stay, as under runc.
+//! made stay, as under runc. Where systemd runs the host and the path has its form, it is systemd that makes it.
+
+mod systemd;
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -23,12 +25,12 @@ use crate::size::{CPU_PERIOD, VmSize};
 
 /// Where the file system is mounted, on every host.
 const ROOT: &str = "/sys/fs/cgroup";
-/// There when systemd runs the host (sd_booted(3)).
-const SYSTEMD: &str = "/run/systemd/system";
 /// What supervisor and VMM need beside the guest's memory: 5 MiB seen, with room for requests under way.
 const OVERHEAD: u64 = 32 << 20;
 /// Of guest memory, for page tables on both sides of the wall (8 bytes for each 4 KiB, twice) with some to spare.
 const TABLES_FRACTION: u64 = 128;
+/// Where systemd has what names no slice.
+const DEFAULT_SLICE: &str = "system.slice";
 /// The VMM's, below it.
 const VMM: &str = "vmm";
 /// How long the kernel may take to see that a cgroup whose processes have ended is empty.
@@ -54,6 +56,9 @@ pub enum Error {
     /// a limit cannot be applied
     #[error("{field} cannot be applied on the host ({file} = {value:?}): {source}")]
     Limit { field: &'static str, file: String, value: String, source: io::Error },
+    /// systemd does not do as asked
+    #[error("systemd cannot {what} {unit}, which linux.cgroupsPath names: {why}")]
+    Systemd { what: &'static str, unit: String, why: String },
     /// an operation failed
     #[error("cannot {0} the cgroup {1}: {2}")]
     Io(&'static str, PathBuf, #[source] io::Error),
@@ -66,6 +71,8 @@ pub enum Place {
     Callers,
     /// In a cgroup of its own, by its absolute path.
     Own(PathBuf),
+    /// In a scope of systemd's, by its cgroup's absolute path and the slice.
+    Scope(PathBuf, String),
 }
 
 /// Finds the place for a sandbox with this configuration and these limits. `systemd` says that its path has systemd's
@@ -78,8 +85,12 @@ pub fn place(spec: &Spec, limits: &LinuxResources, id: &str, systemd: bool) -> R
     }
     let why = if !matches!(statfs(ROOT), Ok(found) if found.filesystem_type() == CGROUP2_SUPER_MAGIC) {
         "the host has no cgroup v2 at /sys/fs/cgroup"
-    } else if systemd && Path::new(SYSTEMD).exists() {
-        "cgroups below systemd's slices are systemd's, which is not asked for one; use the cgroupfs manager"
+    } else if systemd && systemd::runs_the_host() {
+        let path = path(named, id, systemd)?;
+        if path.extension().is_some_and(|kind| kind == "scope") {
+            return Ok(Place::Scope(path, slice(named)));
+        }
+        "systemd has no processes in a slice itself; name a scope in linux.cgroupsPath"
     } else {
         return path(named, id, systemd).map(Place::Own);
     };
@@ -157,12 +168,19 @@ fn below(root: &Path, path: &Path) -> PathBuf {
     names.into_iter().fold(root.to_owned(), |path, name| path.join(name))
 }
 
+/// The slice of a path in systemd's form.
+fn slice(named: &Path) -> String {
+    let named = named.to_string_lossy();
+    let slice = named.split(':').next().unwrap_or_default();
+    if slice.is_empty() { DEFAULT_SLICE.into() } else { slice.into() }
+}
+
 /// `slice:prefix:name` as systemd lays it out: `a-b.slice` lies in `a.slice`, and the unit is `prefix-name.scope`.
 fn systemd_path(named: &str, id: &str) -> Option<PathBuf> {
     let parts: Vec<&str> =
         if named.is_empty() { vec!["", "stockade", id] } else { named.split(':').collect() };
     let [slice, prefix, name] = parts[..] else { return None };
-    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let slice = if slice.is_empty() { DEFAULT_SLICE } else { slice };
     let stem = slice.strip_suffix(".slice")?;
     let valid = |part: &str| !part.contains('/') && !part.starts_with('.');
     if ![slice, prefix, name].into_iter().all(valid) || name.is_empty() {
@@ -206,14 +224,39 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// Makes a cgroup with its limits and moves this process there. What it starts from then on is there too.
-    pub fn enter(path: PathBuf, limits: &LinuxResources, vm: VmSize) -> Result<Self, Error> {
+    /// Makes the cgroup of a place, if it has one, with its limits, and moves this process there. What it starts from
+    /// then on is there too.
+    pub fn enter(place: Place, limits: &LinuxResources, vm: VmSize) -> Result<Option<Self>, Error> {
         let came_from = own()?;
-        make(&path)?;
-        let membership = Membership { path, came_from, ours: Cell::new(true) };
-        apply(&membership.path, limits, vm)?;
-        join(&membership.path)?;
-        Ok(membership)
+        let in_it = |path| Membership { path, came_from, ours: Cell::new(true) };
+        match place {
+            Place::Callers => Ok(None),
+            Place::Own(path) => {
+                make(&path)?;
+                let membership = in_it(path);
+                write(&membership.path, &settings(limits, vm))?;
+                join(&membership.path)?;
+                Ok(Some(membership))
+            }
+            Place::Scope(path, slice) => {
+                let settings = settings(limits, vm);
+                let unit = scope(&path).unwrap_or_default();
+                systemd::start(&slice, &unit, &settings)?;
+                let here = own()?;
+                let membership = in_it(path);
+                if here != membership.path {
+                    let why = format!(
+                        "this process is in {}, not in {}",
+                        here.display(),
+                        membership.path.display()
+                    );
+                    return Err(Error::Systemd { what: "start", unit, why });
+                }
+                pass_controllers_to(&membership.path);
+                write(&membership.path, &settings)?;
+                Ok(Some(membership))
+            }
+        }
     }
 
     /// The cgroup.
@@ -261,11 +304,7 @@ fn make(path: &Path) -> Result<(), Error> {
     let failed = |e| Error::Io("make", path.to_owned(), e);
     let parent = path.parent().unwrap_or(Path::new(ROOT));
     fs::create_dir_all(parent).map_err(failed)?;
-    let mut ancestors: Vec<&Path> = parent.ancestors().take_while(|dir| dir.starts_with(ROOT)).collect();
-    ancestors.reverse();
-    for dir in ancestors {
-        pass_controllers_on(dir);
-    }
+    pass_controllers_to(path);
     match fs::create_dir(path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
             let populated = fs::read_to_string(path.join("cgroup.events")).map_err(failed)?;
@@ -280,7 +319,16 @@ fn make(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Lets the cgroups below have every controller there is, as runc does.
+/// Lets a cgroup have every controller there is, as runc does.
+fn pass_controllers_to(path: &Path) {
+    let mut ancestors: Vec<&Path> =
+        path.ancestors().skip(1).take_while(|dir| dir.starts_with(ROOT)).collect();
+    ancestors.reverse();
+    for dir in ancestors {
+        pass_controllers_on(dir);
+    }
+}
+
 fn pass_controllers_on(dir: &Path) {
     let controllers = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
     let words: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
@@ -293,16 +341,30 @@ fn pass_controllers_on(dir: &Path) {
     }
 }
 
-/// Applies the host's part of limits, with what the VM needs on top.
+/// Applies the host's part of new limits, with what the VM needs on top.
 pub fn apply(path: &Path, limits: &LinuxResources, vm: VmSize) -> Result<(), Error> {
-    for Setting { field, file, value, bfq } in settings(limits, vm) {
+    let settings = settings(limits, vm);
+    if let Some(scope) = scope(path) {
+        systemd::set(&scope, &settings)?;
+    }
+    write(path, &settings)
+}
+
+/// The name of the scope that a cgroup may be of.
+fn scope(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?;
+    (name.ends_with(".scope") && systemd::runs_the_host()).then(|| name.to_owned())
+}
+
+fn write(path: &Path, settings: &[Setting]) -> Result<(), Error> {
+    for Setting { field, file, value, bfq } in settings {
         // Schedulers of block devices have a file each; which of them a host uses is not the bundle's business.
         let (file, value) = match bfq {
             Some(value) if path.join("io.bfq.weight").exists() => ("io.bfq.weight", value),
-            _ => (file, value),
+            _ => (*file, value),
         };
         let failed = |source| Error::Limit { field, file: file.into(), value: value.clone(), source };
-        fs::write(path.join(file), &value).map_err(failed)?;
+        fs::write(path.join(file), value).map_err(failed)?;
     }
     Ok(())
 }
@@ -416,6 +478,9 @@ fn block_io(io: &LinuxBlockIo) -> Vec<Setting> {
 /// ended.
 pub fn remove(path: &Path) -> Result<(), Error> {
     remove_one(&path.join(VMM))?;
+    if let Some(scope) = scope(path) {
+        systemd::stop(&scope)?;
+    }
     remove_one(path)
 }
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use tokio::task::LocalSet;
 
 use super::agent::Exit;
-use super::cgroup::{self, Membership, Place};
+use super::cgroup::{self, Membership};
 use super::reservation::Reservation;
 use super::signals::Signals;
 use super::stdio::{self, HostStdio};
@@ -91,10 +91,8 @@ fn run_to_its_end(
     let adapted = guest::adapt(&bundle, &id)?;
     let os = |what| move |e: io::Error| Error::Os(what, e);
 
-    let cgroup = match cgroup::place(&bundle.spec, &bundle.limits(), &id, launch.systemd_cgroup)? {
-        Place::Callers => None,
-        Place::Own(path) => Some(Membership::enter(path, &bundle.limits(), size)?),
-    };
+    let place = cgroup::place(&bundle.spec, &bundle.limits(), &id, launch.systemd_cgroup)?;
+    let cgroup = Membership::enter(place, &bundle.limits(), size)?;
     let signals = Signals::block().map_err(os("block signals"))?;
     let network = Network::enter(&bundle.spec, !matches!(mode, Mode::Run { .. }))?;
     let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), network, cgroup.as_ref(), timeline)?;

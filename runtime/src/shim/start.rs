@@ -31,7 +31,7 @@ use crate::config::Settings;
 use crate::guest_files::GuestFiles;
 use crate::network::Network;
 use crate::process::ProcessId;
-use crate::sandbox::cgroup::{self, Membership, Place};
+use crate::sandbox::cgroup::{self, Membership};
 use crate::sandbox::reservation::Reservation;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{self, Sandbox, Share, stdio};
@@ -185,10 +185,8 @@ fn boot(serve: &Serve) -> Result<Booted, sandbox::Error> {
     // The limits of a pod are its parent cgroup's, which is kubelet's to set.
     let limits = if is_pod { LinuxResources::default() } else { bundle::limits(&serve.spec) };
     let systemd = cgroup::is_systemd_path(&serve.spec);
-    let cgroup = match cgroup::place(&serve.spec, &limits, &serve.sandbox, systemd)? {
-        Place::Callers => None,
-        Place::Own(path) => Some(Membership::enter(path, &limits, size)?),
-    };
+    let place = cgroup::place(&serve.spec, &limits, &serve.sandbox, systemd)?;
+    let cgroup = Membership::enter(place, &limits, size)?;
     let network = Network::enter(&serve.spec, false)?;
     let spawned = Sandbox::spawn(true, network, cgroup.as_ref(), Timeline::begin(serve.process_start_ns))?;
     let vmm = spawned.vmm_process()?;

@@ -21,6 +21,7 @@ mod program;
 mod runtime;
 mod steps;
 mod stream;
+mod systemd;
 mod terminal;
 
 pub use bundle::{Bundle, Rootfs, host_scratch};
@@ -38,6 +39,7 @@ pub use podman::{IMAGE as PODMAN_IMAGE, Podman};
 pub use program::{Ended, Exit, Program, Stdin, wait_gone};
 pub use runtime::{Container, Id, Runtime, vmm_of};
 pub use steps::{SystemCall, kill_before};
+pub use systemd::Systemd;
 pub use terminal::{ConsoleSocket, Pty};
 
 use std::time::Duration;

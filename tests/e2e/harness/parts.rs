@@ -47,6 +47,7 @@ const PARTS: &[&[&str]] = &[
     &["cgroup::"],
     &["process::"],
     &["bad_input::", "check::", "install::", "isolation::", "operations::", "tty::", "wall::"],
+    &["systemd::"],
     &["limits::"],
     &["exec::"],
 ];

@@ -20,7 +20,7 @@ const SUITE: &str = "bookworm";
 
 /// Packages of the lab's root beyond Debian's minbase: the runtimes that stockade is compared with, what calls a
 /// runtime and what makes its images and networks, and what the suites look at a host with.
-const PACKAGES: &str = "runc,crun,busybox-static,procps,psmisc,util-linux,iproute2,iptables,kmod,strace,socat,jq,python3-minimal,\
+const PACKAGES: &str = "runc,crun,busybox-static,procps,psmisc,util-linux,systemd,dbus,iproute2,iptables,kmod,strace,socat,jq,python3-minimal,\
     containerd,docker.io,podman,conmon,catatonit,netavark,aardvark-dns,containernetworking-plugins,\
     buildah,skopeo,umoci,docker-registry,bats,\
     iputils-ping,iperf3,dnsmasq-base,curl,ethtool,tcpdump,nftables,fio,erofs-utils,attr";
