@@ -16,7 +16,12 @@ use std::process::Command;
 /// Raise this when the steps below change what they make.
 const RECIPE: u32 = 2;
 
-const SUITE: &str = "bookworm";
+/// Names another of [`SUITES`] than the first.
+const SUITE: &str = "STOCKADE_LAB_SUITE";
+
+/// The suites of Debian that the lab's root can be of, and what each needs beyond [`PACKAGES`]: later ones have newer
+/// callers. The host's kernel is the first one's in all of them.
+const SUITES: [(&str, &str); 3] = [("bookworm", ""), ("trixie", ",docker-cli"), ("sid", ",docker-cli")];
 
 /// Packages of the lab's root beyond Debian's minbase: the runtimes that stockade is compared with, what calls a
 /// runtime and what makes its images and networks, and what the suites look at a host with.
@@ -92,24 +97,41 @@ impl Image {
     }
 }
 
+/// The suite that is asked for: its name, and what it needs beyond [`PACKAGES`].
+fn suite(asked: Option<&str>) -> Result<(&'static str, &'static str), LabError> {
+    let [first, ..] = SUITES;
+    let Some(asked) = asked.filter(|asked| !asked.is_empty()) else { return Ok(first) };
+    SUITES.into_iter().find(|(name, _)| *name == asked).ok_or_else(|| LabError::Suite {
+        asked: asked.into(),
+        known: SUITES.map(|(name, _)| name).join(", "),
+    })
+}
+
 /// Everything that decides what the image is.
-fn recipe() -> String {
-    format!("{RECIPE}\n{SUITE}\n{PACKAGES}\n{KERNEL}\n{UNWANTED:?}\n{BOOT_MODULES:?}\n{BALLAST:?}\n")
+fn recipe(suite: &str, more: &str) -> String {
+    format!("{RECIPE}\n{suite}\n{PACKAGES}{more}\n{KERNEL}\n{UNWANTED:?}\n{BOOT_MODULES:?}\n{BALLAST:?}\n")
 }
 
 /// The image, from the cache or made now (about a minute and a half on two cores).
 pub fn ensure() -> Result<Image, LabError> {
-    let hash: String = Sha256::digest(recipe()).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    cache::entry("lab", &hash, build).map(|folder| Image { folder })
+    let (suite, more) = suite(std::env::var(SUITE).ok().as_deref())?;
+    let hash = Sha256::digest(recipe(suite, more));
+    let hash: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    // Each suite is a kind of its own, so that its entries are not in the way of the others'.
+    let kind = if suite == SUITES[0].0 { "lab".into() } else { format!("{suite}-lab") };
+    cache::entry(&kind, &hash, |work| build(work, suite, more)).map(|folder| Image { folder })
 }
 
-fn build(work: &Path) -> Result<(), LabError> {
+fn build(work: &Path, suite: &str, more: &str) -> Result<(), LabError> {
     // Seconds that each step takes on a two-core machine; the estimate follows the ones that are done.
     let mut steps = Steps::new("lab image", work, &[5, 60, 15, 3, 5]);
     let kernel = steps.run("fetch the host's kernel", |step| fetch_kernel(work, step))?;
     let (root, bundle) = (work.join("root"), work.join("debian"));
     steps.run("unpack the host's root and a Debian root for bundles", |step| {
-        step.commands(vec![mmdebstrap(PACKAGES, &root), mmdebstrap("", &bundle)])
+        step.commands(vec![
+            mmdebstrap(suite, &format!("{PACKAGES}{more}"), &root),
+            mmdebstrap(suite, "", &bundle),
+        ])
     })?;
     let version = steps.run("unpack the kernel and its modules", |step| {
         let unpacked = work.join("kernel");
@@ -144,7 +166,7 @@ fn build(work: &Path) -> Result<(), LabError> {
                 .arg("8G"),
         )
     })?;
-    let manifest = serde_json::json!({ "recipe": recipe(), "kernel": version });
+    let manifest = serde_json::json!({ "recipe": recipe(suite, more), "kernel": version });
     fs::write(work.join("manifest.json"), format!("{manifest:#}\n"))
         .map_err(io_error("write the manifest"))?;
     for scrap in ["root", "kernel"] {
@@ -155,13 +177,15 @@ fn build(work: &Path) -> Result<(), LabError> {
     Ok(())
 }
 
-fn mmdebstrap(include: &str, to: &Path) -> Command {
+fn mmdebstrap(suite: &str, include: &str, to: &Path) -> Command {
     let mut command = Command::new("mmdebstrap");
     command.arg("--variant=minbase");
+    // Signed it is, but sid's index says itself when it is stale, and a mirror that has stood still serves it all the same.
+    command.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
     if !include.is_empty() {
         command.arg(format!("--include={include}"));
     }
-    command.arg(SUITE).arg(to);
+    command.arg(suite).arg(to);
     command
 }
 
@@ -174,7 +198,9 @@ fn fetch_kernel(work: &Path, step: &mut Step) -> Result<PathBuf, LabError> {
     }
     let name = name.ok_or_else(|| LabError::Step {
         step: "find the host's kernel".into(),
-        log: format!("apt knows no package {KERNEL}; are the {SUITE} and {SUITE}-security archives set up?"),
+        log: format!(
+            "apt knows no package {KERNEL}; are the bookworm and bookworm-security archives set up?"
+        ),
     })?;
     step.command(Command::new("apt-get").args(["-q", "download", &name]).current_dir(work))?;
     let found = fs::read_dir(work).map_err(io_error("list the download"))?;
@@ -288,4 +314,18 @@ fn busybox_bundle(root: &Path) -> std::io::Result<()> {
         "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
     )?;
     fs::write(bundle.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_suite_is_taken_unless_another_is_asked_for_and_an_unknown_one_is_named() {
+        assert_eq!(suite(None).unwrap().0, "bookworm");
+        assert_eq!(suite(Some("")).unwrap().0, "bookworm");
+        assert_eq!(suite(Some("sid")).unwrap().0, "sid");
+        let error = suite(Some("potato")).unwrap_err().to_string();
+        assert!(error.contains("potato") && error.contains("bookworm, trixie, sid"), "{error}");
+    }
 }

@@ -23,6 +23,9 @@
 //! cgroup2 on /sys/fs/cgroup, tracefs and debugfs, `lo` up, no other network, PATH begins with
 //! /payload/bin, `STOCKADE_LAB=1`.
 //!
+//! Its root file system is Debian's bookworm; `STOCKADE_LAB_SUITE=trixie` or `sid` takes that suite's, with newer
+//! callers (containerd, Podman, Docker, …) under the same kernel.
+//!
 //! The CPU model is EPYC and not `max`: with `max` guests of guests stall, the host's kernel was once seen
 //! to die, and every VM start costs 60% more.
 
@@ -72,6 +75,14 @@ pub enum LabError {
         step: String,
         /// The end of its log.
         log: String,
+    },
+    /// A suite that no lab is made of.
+    #[error("lab: cannot be of the suite {asked:?} that STOCKADE_LAB_SUITE names: it is one of {known}")]
+    Suite {
+        /// The suite.
+        asked: String,
+        /// Those that there are.
+        known: String,
     },
     /// The kernel of the lab's host crashed.
     #[error("lab: {why}; the end of its console:\n{console}")]
