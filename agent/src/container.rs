@@ -16,9 +16,9 @@ use libcontainer::container::{Container as State, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process as ProcessSpec};
-use stockade_agent_protocol::check_id;
+use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Mount, Process as ProcessSpec};
 use stockade_agent_protocol::messages::{CreateContainerRequest, ExecRequest, Stdio as Wanted};
+use stockade_agent_protocol::{SHARE_MOUNT_POINT, check_id};
 
 use crate::cgroup::Cgroup;
 use crate::console::Console;
@@ -171,8 +171,11 @@ impl Containers {
             container_id: id.to_owned(),
             bundle: bundle.clone(),
         });
+        let mounts = adapted.spec.mounts().iter().flatten();
+        let of_the_host =
+            mounts.filter(|mount| is_of_the_host(mount)).map(|m| m.destination().clone()).collect();
         let mut helper = Helper::fork(&self.reaper, move |reporter| {
-            let workload = Workload::new(reporter, facts.wants_home, seccomp, start_hooks);
+            let workload = Workload::new(reporter, facts.wants_home, seccomp, start_hooks, of_the_host);
             let mut builder = match builder(&name, workload, child) {
                 Ok(builder) => builder,
                 Err(e) => return failed(&e),
@@ -284,7 +287,7 @@ impl Containers {
             {
                 return Record::Failed(e);
             }
-            let workload = Workload::new(reporter, facts.wants_home, seccomp, None);
+            let workload = Workload::new(reporter, facts.wants_home, seccomp, None, Vec::new());
             let made = builder(&name, workload, child).and_then(|builder| {
                 builder
                     .with_console_socket(console_path)
@@ -527,6 +530,11 @@ impl Streams {
         let (child, ends) = stdio::pipes(wanted, facts)?;
         Ok(Self { child, ends: Some(ends), console: None, console_path: None })
     }
+}
+
+/// Whether what is mounted lies in the share.
+fn is_of_the_host(mount: &Mount) -> bool {
+    mount.source().as_ref().is_some_and(|source| source.starts_with(SHARE_MOUNT_POINT))
 }
 
 fn builder(id: &str, workload: Workload, child: ChildEnds) -> Result<ContainerBuilder, LibcontainerError> {

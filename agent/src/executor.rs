@@ -39,6 +39,8 @@ pub struct Workload {
     pub seccomp: Option<Rc<Seccomp>>,
     /// What to run before the workload of an init.
     pub start_hooks: Option<Rc<StartHooks>>,
+    /// Where an init finds what is the host's, which may have changed it since the container was made.
+    pub of_the_host: Vec<PathBuf>,
     found: RefCell<Option<PathBuf>>,
 }
 
@@ -67,12 +69,14 @@ impl Workload {
         wants_home: bool,
         seccomp: Option<Seccomp>,
         start_hooks: Option<StartHooks>,
+        of_the_host: Vec<PathBuf>,
     ) -> Self {
         Self {
             reporter,
             wants_home,
             seccomp: seccomp.map(Rc::new),
             start_hooks: start_hooks.map(Rc::new),
+            of_the_host,
             found: RefCell::new(None),
         }
     }
@@ -116,6 +120,7 @@ impl Executor for Workload {
         let environment = self.environment(process);
         let env = strings(&environment).map_err(invalid)?;
 
+        self.of_the_host.iter().for_each(|place| look_again(place));
         set_window_size(process);
         restore_signals();
         if let Some(seccomp) = &self.seccomp {
@@ -216,6 +221,19 @@ fn set_window_size(process: &Process) {
     };
     // SAFETY: TIOCSWINSZ reads a winsize, which lives until the call returns. A stdin that is no terminal refuses.
     unsafe { libc::ioctl(0, libc::TIOCSWINSZ, &size) };
+}
+
+/// Has the guest's kernel ask the host for the size and times of a file, however short ago it was told: engines fill in files
+/// like /etc/hosts between a container's creation and its start.
+fn look_again(place: &Path) {
+    let Ok(place) = CString::new(place.as_os_str().as_bytes()) else { return };
+    let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
+    let flags = libc::AT_STATX_FORCE_SYNC | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: statx(2) reads a string and writes a struct, which both live until it returns. What it finds is not looked
+    // at, and a place that the workload cannot reach needs no look.
+    unsafe {
+        libc::statx(libc::AT_FDCWD, place.as_ptr(), flags, libc::STATX_BASIC_STATS, found.as_mut_ptr())
+    };
 }
 
 /// Rust programs ignore SIGPIPE, and an ignored signal stays ignored across execve.

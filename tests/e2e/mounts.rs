@@ -16,6 +16,7 @@ pub const CASES: &[Case] = &[
     case!(bind_mounted_directory_is_shared_both_ways),
     case!(bind_mount_options_hold),
     case!(bind_mounted_file_is_the_hosts_file),
+    case!(bind_mounted_file_is_as_the_host_has_it_when_the_workload_starts),
     case!(mounts_below_a_bind_source_come_along),
     case!(host_files_behave_like_a_file_system),
     case!(directory_with_a_thousand_files_is_listed_whole),
@@ -163,6 +164,21 @@ fn bind_mounted_file_is_the_hosts_file() {
     check_lines(&bundle, &["plain", "readonly", "no", "plain", "more"]);
     assert_eq!(fs::read_to_string(plain).unwrap(), "plain\nmore\n");
     assert_eq!(fs::read_to_string(readonly).unwrap(), "readonly\n");
+}
+
+/// Podman from 5 on fills in /etc/hosts then.
+fn bind_mounted_file_is_as_the_host_has_it_when_the_workload_starts() {
+    let source = host_scratch();
+    let file = source.path().join("file");
+    fs::write(&file, "").unwrap();
+    // A program that is there at once: what the guest knows of the file is good for a second.
+    let script = ["sh", "-c", "cat /etc/file; echo end"];
+    let bundle = Bundle::new(Rootfs::Busybox, &script).writable().bind(&file, "/etc/file", &[]);
+    let container = Runtime::under_test().create(&bundle);
+    fs::write(&file, "after create\n").unwrap();
+    container.op("start").ok();
+    container.program.expect_line("after create");
+    container.program.expect_line("end");
 }
 
 fn mounts_below_a_bind_source_come_along() {
