@@ -62,9 +62,12 @@ fn a_container_is_watched_changed_and_stopped() {
     let stats: Value = serde_json::from_str(&stats).unwrap_or_else(|e| panic!("{e}: {stats}"));
     assert!(stats[0]["pids"].as_str().is_some_and(|n| n.parse::<u32>().is_ok_and(|n| n > 0)), "{stats}");
     assert!(stats[0]["mem_usage"].as_str().is_some_and(|used| !used.starts_with("0B")), "{stats}");
-    // With an option that only ps(1) has, Podman runs that in the container.
-    let processes = podman.podman(&["top", "a", "-o", "pid,args"]).code(0).text();
-    assert!(processes.lines().any(|line| line.trim_start().starts_with("1 sh -c")), "{processes}");
+    // With an option that only ps(1) has, Podman ran that in the container until, from 4.4 on, it took the host's, in a
+    // namespace of which it thinks that it is the container's.
+    if podman.version() < (4, 4) {
+        let processes = podman.podman(&["top", "a", "-o", "pid,args"]).code(0).text();
+        assert!(processes.lines().any(|line| line.trim_start().starts_with("1 sh -c")), "{processes}");
+    }
 
     podman.podman(&["pause", "a"]).code(0);
     assert_eq!(podman.inspect("a", "/State/Status"), "paused");

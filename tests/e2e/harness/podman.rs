@@ -78,6 +78,17 @@ impl Podman {
         command
     }
 
+    /// Its version: the first two numbers.
+    #[track_caller]
+    pub fn version(&self) -> (u32, u32) {
+        let text = self.podman(&["version", "--format", "{{.Client.Version}}"]).ok();
+        let mut numbers = text.split(['.', '-', '+', '~', '\n']).map_while(|word| word.parse().ok());
+        match (numbers.next(), numbers.next()) {
+            (Some(major), Some(minor)) => (major, minor),
+            _ => panic!("podman says of its version {text:?}"),
+        }
+    }
+
     /// A call of buildah(1), which has the same storage.
     pub fn buildah(&self, words: &[&str]) -> Command {
         let mut command = Command::new("buildah");
