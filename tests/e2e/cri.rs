@@ -543,6 +543,7 @@ fn pods_outlive_a_killed_containerd_and_a_killed_shim_is_no_success() {
     kill(Pid::from_raw(vmm), Signal::SIGKILL).unwrap();
     let ended = stays.0.ended(&stays.1);
     assert_ne!(ended.exit_code, 0, "{ended}");
+    pods.wait("the pod to be known as dead", || !stays.0.is_ready());
     stays.0.stop();
     stays.0.remove();
     assert_eq!(pods.state_of_shims(), [""; 0]);

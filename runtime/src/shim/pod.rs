@@ -212,6 +212,12 @@ impl Pod {
         if let Some(vm) = &self.vm {
             vm.kill();
         }
+        let containers: Vec<_> = self.containers.borrow().values().cloned().collect();
+        for pause in containers.iter().filter(|one| one.is_pause && one.init.stage() == Stage::Running) {
+            // Nobody else follows it: there is no such process in the guest.
+            let exited = pause.init.ended(KILLED);
+            self.report(&pause.id, &pause.init, exited);
+        }
         self.went.notify_waiters();
     }
 

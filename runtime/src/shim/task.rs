@@ -214,6 +214,10 @@ impl Pod {
         let container = self.container(id)?;
         let process = container.process(exec_id)?;
         let _order = process.order.lock().await;
+        if exec_id.is_empty() {
+            // Why there is no VM is the best answer to everything.
+            self.vm()?;
+        }
         if process.stage() != Stage::Created {
             return Err(Error::Precondition(format!(
                 "process {} has been started already",
