@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use sha2::{Digest, Sha256};
+use stockade_tests::cri::host::config_version;
 use tempfile::TempDir;
 
 use super::program::{Ended, Program, Stdin};
@@ -15,6 +16,8 @@ use super::{HANG, Rootfs, Runtime, host_scratch};
 
 /// Where shims and containerd's own parts have their state, whatever its configuration says.
 const SHARED_STATE: &str = "/run/containerd";
+/// Where containerd 2 listens for plug-ins besides.
+const NRI: &str = "/run/nri";
 /// Where containerd has the cgroups of its default namespace.
 const CGROUP: &str = "/sys/fs/cgroup/default";
 /// The image's name.
@@ -28,8 +31,8 @@ pub const RUNTIME: &str = "io.containerd.stockade.v2";
 pub struct Containerd {
     dir: TempDir,
     daemon: Child,
-    /// [`SHARED_STATE`] was there before.
-    shared: bool,
+    /// What was not there before of what no configuration moves.
+    new: Vec<&'static str>,
 }
 
 impl Containerd {
@@ -50,17 +53,18 @@ impl Containerd {
         symlink(stockade, bin.join("containerd-shim-stockade-v2")).unwrap();
         let path = |name: &str| at.join(name).display().to_string();
         let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\n{}[grpc]\naddress = {:?}\n",
+            "version = {}\nroot = {:?}\nstate = {:?}\n{}[grpc]\naddress = {:?}\n",
+            config_version().expect("containerd's version"),
             path("root"),
             path("state"),
             more(at),
             path("socket"),
         );
         fs::write(at.join("config.toml"), config).unwrap();
-        let shared = Path::new(SHARED_STATE).exists();
+        let new = [SHARED_STATE, NRI].into_iter().filter(|place| !Path::new(place).exists()).collect();
         fs::create_dir_all(SHARED_STATE).unwrap();
         let daemon = spawn(at);
-        let this = Containerd { dir, daemon, shared };
+        let this = Containerd { dir, daemon, new };
         this.wait_until_it_answers();
         this
     }
@@ -169,8 +173,8 @@ impl Drop for Containerd {
         }
         // As under runc, parents of cgroups stay.
         let _ = fs::remove_dir(CGROUP);
-        if !self.shared {
-            let _ = fs::remove_dir_all(SHARED_STATE);
+        for place in &self.new {
+            let _ = fs::remove_dir_all(place);
         }
     }
 }

@@ -55,10 +55,7 @@ impl Pods {
         for image in [IMAGE, PAUSE_IMAGE] {
             self.wait("an image", || self.client.has_image(image).unwrap_or(false));
         }
-        self.wait("the network", || {
-            let status = self.client.call::<cri::StatusResponse>("Status", &cri::Empty::default());
-            status.is_ok_and(|status| status.status.conditions.iter().all(|condition| condition.status))
-        });
+        self.wait("the network", || self.client.is_ready());
     }
 
     /// Kills containerd and starts it again over the same state.

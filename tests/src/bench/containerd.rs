@@ -98,7 +98,8 @@ impl Containerd {
         symlink("/payload/bin/stockade", at.join("bin/containerd-shim-stockade-v2"))
             .or_say("link the shim")?;
         let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\n{}[grpc]\naddress = {:?}\n",
+            "version = {}\nroot = {:?}\nstate = {:?}\n{}[grpc]\naddress = {:?}\n",
+            crate::cri::host::config_version().or_say("read containerd's version")?,
             at.join("root"),
             at.join("state"),
             more(at)?,

@@ -77,11 +77,7 @@ impl Pods {
         let containerd = Containerd::configured(configure)?;
         containerd.import(NAMESPACE)?;
         let client = Client::new(&containerd.folder().join("socket"));
-        let is_ready = || {
-            let status = client.call::<messages::StatusResponse>("Status", &messages::Empty::default());
-            let ready = status.is_ok_and(|status| status.status.conditions.iter().all(|one| one.status));
-            ready && client.has_image(IMAGE).unwrap_or(false)
-        };
+        let is_ready = || client.is_ready() && client.has_image(IMAGE).unwrap_or(false);
         while !is_ready() {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::process::Command;
 
 use protobuf::MessageField;
 use serde_json::json;
@@ -11,6 +12,25 @@ use super::messages as cri;
 
 /// Where Debian has the CNI plug-ins.
 const PLUGINS: &str = "/usr/lib/cni";
+
+/// The version of the containerd that this host has: its first two numbers.
+pub fn containerd_version() -> io::Result<(u32, u32)> {
+    let output = Command::new("containerd").arg("--version").output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    // containerd github.com/containerd/containerd/v2 v2.1.9 …
+    version_of(&text).ok_or_else(|| io::Error::other(format!("containerd says of its version {text:?}")))
+}
+
+fn version_of(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split_whitespace().nth(2)?.trim_start_matches('v').split('.');
+    let mut next = || numbers.next()?.parse().ok();
+    Some((next()?, next()?))
+}
+
+/// The version of the configuration file that it has its own words in.
+pub fn config_version() -> io::Result<u32> {
+    Ok(if containerd_version()?.0 < 2 { 2 } else { 3 })
+}
 
 /// A network for containerd's pods, as most clusters have one: a bridge on the host.
 #[derive(Debug, Clone)]
@@ -47,17 +67,31 @@ impl Plugin<'_> {
         });
         fs::create_dir(at.join("cni"))?;
         fs::write(at.join("cni/10-lab.conflist"), network.to_string())?;
-        let plugin = "[plugins.\"io.containerd.grpc.v1.cri\"";
+        // Until version 3 one plug-in held all of CRI's configuration.
+        let serves = "[plugins.\"io.containerd.grpc.v1.cri\"";
+        let (runtime, image) = match config_version()? {
+            2 => (serves, format!("{serves}]\nsandbox_image = {:?}\n", self.pause)),
+            _ => (
+                "[plugins.\"io.containerd.cri.v1.runtime\"",
+                format!(
+                    "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = {:?}\n{serves}]\n",
+                    self.pause
+                ),
+            ),
+        };
+        let plugins = match containerd_version()? < (2, 1) {
+            true => format!("bin_dir = {PLUGINS:?}"),
+            false => format!("bin_dirs = [{PLUGINS:?}]"),
+        };
         let mut text = format!(
-            "{plugin}]\nsandbox_image = {:?}\nstream_server_address = \"127.0.0.1\"\n\
-             {plugin}.cni]\nbin_dir = {PLUGINS:?}\nconf_dir = {:?}\n\
-             {plugin}.containerd]\ndefault_runtime_name = {:?}\n",
-            self.pause,
+            "{image}stream_server_address = \"127.0.0.1\"\n\
+             {runtime}.cni]\n{plugins}\nconf_dir = {:?}\n\
+             {runtime}.containerd]\ndefault_runtime_name = {:?}\n",
             at.join("cni"),
             self.handlers.first().map_or("", |(name, _)| name),
         );
         for (name, kind) in self.handlers {
-            text += &format!("{plugin}.containerd.runtimes.{name}]\nruntime_type = {kind:?}\n");
+            text += &format!("{runtime}.containerd.runtimes.{name}]\nruntime_type = {kind:?}\n");
         }
         Ok(text + self.settings + "\n")
     }
@@ -104,5 +138,19 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> cri::ContainerCon
         log_path: format!("{name}.log"),
         linux: MessageField::some(linux),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_debian_and_others_write_them() {
+        let debian = "containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1+deb12u2\n";
+        assert_eq!(version_of(debian), Some((1, 6)));
+        let upstream = "containerd github.com/containerd/containerd/v2 v2.1.9 1234abcd\n";
+        assert_eq!(version_of(upstream), Some((2, 1)));
+        assert_eq!(version_of("containerd: not found"), None);
     }
 }

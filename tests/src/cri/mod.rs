@@ -44,6 +44,14 @@ impl Client {
         grpc::call(&self.socket, RUNTIME, method, request)
     }
 
+    /// Whether the runtime and the network of pods are ready.
+    pub fn is_ready(&self) -> bool {
+        let status: Result<messages::StatusResponse, _> = self.call("Status", &messages::Empty::default());
+        // containerd 2 adds a condition that says whether something in its configuration is on its way out.
+        let is_of_it = |one: &&messages::RuntimeCondition| one.type_.ends_with("Ready");
+        status.is_ok_and(|status| status.status.conditions.iter().filter(is_of_it).all(|one| one.status))
+    }
+
     /// Whether there is an image of this name.
     pub fn has_image(&self, name: &str) -> Result<bool, Failure> {
         let image = messages::ImageSpec { image: name.into(), ..Default::default() };
