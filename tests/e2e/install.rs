@@ -1,16 +1,19 @@
 //! `stockade install` and `uninstall`: what a host's engines need is there, and gone again.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
-use crate::harness::{Bundle, Case, Ended, Program, Runtime, Stdin, case, host_scratch};
+use stockade_tests::cri::host::config_version;
+
+use crate::harness::{Bundle, Case, Ended, Program, Rootfs, Runtime, Stdin, case, host_scratch};
 
 const OURS: &str = "a command of stockade's own";
 
 pub const CASES: &[Case] = &[
     case!(engines_know_it_until_it_is_uninstalled).stockade_only(OURS),
+    case!(a_configuration_is_begun_in_the_words_of_the_containerd_that_is_there).stockade_only(OURS),
     case!(a_dry_run_changes_nothing).stockade_only(OURS),
     case!(nothing_is_removed_under_running_containers).stockade_only(OURS),
     case!(a_full_disk_leaves_nothing_half_made).stockade_only(OURS),
@@ -43,6 +46,48 @@ fn files(dir: &Path) -> Vec<String> {
     found
 }
 
+/// What the host's containerd makes of a configuration, which must have the runtime in it.
+#[track_caller]
+fn understood(config: &Path) -> String {
+    let dump = command("containerd", &["--config", &config.display().to_string(), "config", "dump"]);
+    let text = Program::spawn(dump, Stdin::Null).finish().code(0).text();
+    let all: toml::Table = text.parse().unwrap_or_else(|e| panic!("{e}: {text}"));
+    let plugin = match config_version().unwrap() {
+        2 => "io.containerd.grpc.v1.cri",
+        _ => "io.containerd.cri.v1.runtime",
+    };
+    let runtime = &all["plugins"][plugin]["containerd"]["runtimes"]["stockade"];
+    assert_eq!(runtime["runtime_type"].as_str(), Some("io.containerd.stockade.v2"), "{text}");
+    assert_eq!(runtime["privileged_without_host_devices"].as_bool(), Some(true), "{text}");
+    text
+}
+
+fn a_configuration_is_begun_in_the_words_of_the_containerd_that_is_there() {
+    let host = host_scratch();
+    let at = |path: &str| host.path().join(path);
+    for dir in ["etc/containerd", "bin"] {
+        fs::create_dir_all(at(dir)).unwrap();
+    }
+    // The host's root directory is another one, with what can be asked there for the version of this one's.
+    fs::copy(Rootfs::Busybox.path().join("bin/busybox"), at("bin/busybox")).unwrap();
+    let version = Program::spawn(command("containerd", &["--version"]), Stdin::Null).finish().ok();
+    fs::write(at("bin/containerd"), format!("#!/bin/busybox sh\necho '{}'\n", version.trim())).unwrap();
+    fs::set_permissions(at("bin/containerd"), fs::Permissions::from_mode(0o755)).unwrap();
+    call("install", host.path(), &[]).code(0);
+    let config = at("etc/containerd/config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    assert!(text.contains(&format!("version = {}\n", config_version().unwrap())), "{version}: {text}");
+    understood(&config);
+    call("uninstall", host.path(), &[]).code(0);
+    assert!(!config.exists());
+}
+
+fn command(program: &str, words: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.args(words);
+    command
+}
+
 fn engines_know_it_until_it_is_uninstalled() {
     let host = host();
     let at = |path: &str| host.path().join(path);
@@ -51,12 +96,8 @@ fn engines_know_it_until_it_is_uninstalled() {
     assert!(said.contains("left: systemctl restart containerd"), "{said}");
 
     // containerd itself understands it, and what was there before still counts.
-    let mut dump = Command::new("containerd");
-    dump.arg("--config").arg(at("etc/containerd/config.toml")).args(["config", "dump"]);
-    let text = Program::spawn(dump, Stdin::Null).finish().ok();
-    assert!(text.contains("containerd.runtimes.stockade]"), "{text}");
-    assert!(text.contains("runtime_type = \"io.containerd.stockade.v2\""), "{text}");
-    assert!(text.contains("bin_dir = \"/usr/lib/cni\""), "{text}");
+    let text = understood(&at("etc/containerd/config.toml"));
+    assert!(text.contains("/usr/lib/cni"), "{text}");
 
     // What was installed works from where it is.
     let installed = Runtime::named(at("usr/local/bin/stockade").to_str().unwrap());

@@ -119,10 +119,10 @@ impl Engine {
         let text = match self {
             Engine::Containerd => {
                 let old = read(&path)?;
-                return Ok(Step::Write {
-                    text: Block::containerd(&path, &old)?.put_into(&path, &old)?,
-                    path,
-                });
+                // If it cannot be asked, the words are used that every version understands.
+                let version = step::on_host(&layout.host, "containerd", &["--version"]).unwrap_or_default();
+                let block = Block::containerd(&path, &old, block::major(&version))?;
+                return Ok(Step::Write { text: block.put_into(&path, &old)?, path });
             }
             Engine::CriO => format!(
                 "[crio.runtime.runtimes.stockade]\nruntime_path = {shim:?}\nruntime_type = \"vm\"\n\
@@ -187,7 +187,9 @@ pub fn uninstall(layout: &Layout) -> Result<Vec<Step>, Error> {
 
 /// Has an engine's unit begin anew with its configuration, by way of systemd on the host.
 pub fn restart(layout: &Layout, unit: &'static str) -> Result<(), Error> {
-    step::systemctl(&layout.host, &["restart", unit]).map_err(|reason| Error::Restart(unit, reason))
+    step::on_host(&layout.host, "systemctl", &["restart", unit])
+        .map(drop)
+        .map_err(|reason| Error::Restart(unit, reason))
 }
 
 #[cfg(test)]

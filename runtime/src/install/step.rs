@@ -116,9 +116,9 @@ fn same_content(one: &Path, other: &Path) -> io::Result<bool> {
     Ok(fs::read(one)? == fs::read(other)?)
 }
 
-/// Runs systemctl on the host; if it fails, what it says.
-pub fn systemctl(host: &Path, words: &[&str]) -> Result<(), String> {
-    let mut command = Command::new("systemctl");
+/// Runs a program of the host's there: what it writes, or if it fails, what it says.
+pub fn on_host(host: &Path, program: &str, words: &[&str]) -> Result<String, String> {
+    let mut command = Command::new(program);
     command.args(words).stdin(Stdio::null());
     if host != Path::new("/") {
         let host = host.to_owned();
@@ -130,14 +130,14 @@ pub fn systemctl(host: &Path, words: &[&str]) -> Result<(), String> {
             });
         }
         // Its own search path may be none that the host has.
-        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     }
     match command.output() {
-        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr);
-            Err(said.lines().next().unwrap_or("systemctl failed").to_owned())
+            Err(said.lines().next().map_or(format!("{program} failed"), str::to_owned))
         }
-        Err(e) => Err(format!("systemctl: {e}")),
+        Err(e) => Err(format!("{program}: {e}")),
     }
 }
