@@ -34,6 +34,10 @@ pub const CONSOLE: [&str; 2] = ["console", "console.1"];
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// Name of the share's mount point there.
 pub const SHARE: &str = "share";
+/// Files of a pod there that its containers are shown in /etc, where the engine makes none.
+pub const POD_FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+/// The directory there that stands for such a pod's shared memory.
+pub const POD_SHM: &str = "shm";
 
 /// Name of the state in a container's directory.
 pub const FILE: &str = "state.json";
@@ -296,10 +300,12 @@ impl StateDir {
             Err(nix::errno::Errno::ENOENT) => Ok(()),
             other => other,
         };
-        for name in [NEW_FILE, CONTROL_SOCKET, TIMELINE].into_iter().chain(CONSOLE) {
+        for name in [NEW_FILE, CONTROL_SOCKET, TIMELINE].into_iter().chain(CONSOLE).chain(POD_FILES) {
             gone(unlinkat(&self.dir, name, UnlinkatFlags::NoRemoveDir)).map_err(failed)?;
         }
-        gone(unlinkat(&self.dir, SHARE, UnlinkatFlags::RemoveDir)).map_err(failed)?;
+        for name in [SHARE, POD_SHM] {
+            gone(unlinkat(&self.dir, name, UnlinkatFlags::RemoveDir)).map_err(failed)?;
+        }
         // Last of the files: as long as the rest is there, so is what `delete` needs to try again.
         gone(unlinkat(&self.dir, FILE, UnlinkatFlags::NoRemoveDir)).map_err(failed)?;
         gone(unlinkat(AT_FDCWD, &self.path, UnlinkatFlags::RemoveDir)).map_err(failed)

@@ -9,12 +9,13 @@ use std::path::Path;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protobuf::MessageField;
+use stockade_tests::cri::host::containerd_version;
 use stockade_tests::cri::messages as cri;
 use stockade_tests::cri::stream::{RESIZE, RESULT, STDERR, STDIN, STDOUT, Stream};
 
 use crate::harness::{
-    Case, HANDLER, Pod, Pods, Rootfs, Traces, case, container, files_in_no_mount, mount, runtime_of,
-    security, tool, wait_gone,
+    BY_SANDBOX_API, Case, HANDLER, Pod, Pods, Rootfs, Traces, case, container, files_in_no_mount, mount,
+    runtime_of, security, state_of, tool, wait_gone,
 };
 
 const SHIM: &str = "the shim";
@@ -31,6 +32,10 @@ pub const CASES: &[Case] = &[
     case!(settings_of_a_pod_hold_in_its_containers).stockade_only(SHIM).exclusive(),
     case!(what_is_the_hosts_is_refused_in_words_that_say_what_to_do).stockade_only(SHIM).exclusive(),
     case!(pods_outlive_a_killed_containerd_and_a_killed_shim_is_no_success).stockade_only(SHIM).exclusive(),
+    case!(the_sandbox_api_makes_pods_without_a_pause_container)
+        .stockade_only(SHIM)
+        .exclusive()
+        .only_if(has_sandbox_api),
     case!(ten_pods_of_three_containers_at_once).stockade_only(SHIM).exclusive().on_request(),
 ];
 
@@ -484,8 +489,12 @@ fn refuses(pods: &Pods) {
         pods.try_run(config, HANDLER).map(drop).expect_err(name).message
     };
     let host = cri::NamespaceMode::NODE;
+    if !pods.by_sandbox_api {
+        // Of which containerd 2.1 dies there before anybody is asked.
+        let message = refused("network", &|option| option.network = host.into());
+        assert!(message.contains("hostNetwork") && message.contains("runtime class"), "{message}");
+    }
     for (name, message) in [
-        ("hostNetwork", refused("network", &|option| option.network = host.into())),
         ("hostPID", refused("pid", &|option| option.pid = host.into())),
         ("hostIPC", refused("ipc", &|option| option.ipc = host.into())),
     ] {
@@ -548,6 +557,92 @@ fn pods_outlive_a_killed_containerd_and_a_killed_shim_is_no_success() {
     stays.0.stop();
     stays.0.remove();
     assert_eq!(pods.state_of_shims(), [""; 0]);
+}
+
+/// containerd 2 has it.
+fn has_sandbox_api() -> bool {
+    containerd_version().is_ok_and(|(major, _)| major >= 2)
+}
+
+fn the_sandbox_api_makes_pods_without_a_pause_container() {
+    let mut pods = Pods::configured(BY_SANDBOX_API);
+    let before = Traces::now();
+    let (id, first, config) = {
+        let pod = pods.run("made", |config| {
+            let linux = config.linux.mut_or_insert_default();
+            linux.sysctls.insert("net.core.somaxconn".into(), "77".into());
+            let resources = linux.resources.mut_or_insert_default();
+            resources.cpu_period = 100_000;
+            resources.cpu_quota = 150_000;
+            config.dns_config = MessageField::some(cri::DNSConfig {
+                servers: vec!["10.9.8.7".into()],
+                searches: vec!["lab.example".into()],
+                ..Default::default()
+            });
+        });
+        // Not before the guest is up; and nothing stands for the pod but its shim.
+        assert!(state_of(&pod.id)["network"].is_object(), "{}", state_of(&pod.id));
+        let containers = pods.containerd.ctr(&["--namespace", "k8s.io", "container", "ls", "--quiet"]).ok();
+        assert_eq!(containers, "");
+        assert!(pod.address().starts_with("10.67."));
+        let first = pod.start("first", IDLE, |_| ());
+        let said =
+            pod.output(&first, "cat /etc/hostname /etc/resolv.conf /proc/sys/net/core/somaxconn; nproc");
+        assert_eq!(said, "made\nsearch lab.example\nnameserver 10.9.8.7\n77\n2");
+        assert_eq!(pod.output(&first, "hostname; grep -c made /etc/hosts; ! touch /etc/hosts"), "made\n2");
+        pod.output(&first, "echo shared > /dev/shm/file");
+        (pod.id.clone(), first, pod.config.clone())
+    };
+    pods.kill_and_restart();
+    let pod = pods.pod(id, config);
+    assert!(pod.is_ready());
+    assert_eq!(pod.output(&first, "echo still here"), "still here");
+    assert_eq!(
+        pod.done("second", "cat /dev/shm/file; df -k /dev/shm | grep -c 65536", |_| ()),
+        ["shared", "1"]
+    );
+    pod.stop_container(&first, 60);
+    assert_eq!(pod.ended(&first).exit_code, 5);
+    pod.remove_container(&first);
+    // Without any container it is still there.
+    assert!(pod.is_ready());
+    let third = pod.start("third", IDLE, |_| ());
+
+    // Its VM's end is its end, and no success of a container's.
+    let (vmm, shim) = runtime_of(&pod.id);
+    kill(Pid::from_raw(vmm), Signal::SIGKILL).unwrap();
+    assert_ne!(pod.ended(&third).exit_code, 0);
+    pods.wait("the pod to be known as dead", || !pod.is_ready());
+    assert!(pod.try_create("late", IDLE, |_| ()).and_then(|id| pod.try_start(&id)).is_err());
+    pod.remove();
+    wait_gone(shim);
+
+    let dies = pods.run("dies", |_| ());
+    let main = dies.start("main", IDLE, |_| ());
+    let (vmm, shim) = runtime_of(&dies.id);
+    kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
+    wait_gone(vmm);
+    assert_ne!(dies.ended(&main).exit_code, 0);
+    pods.wait("the pod to be known as dead", || !dies.is_ready());
+    dies.remove();
+
+    let stops = pods.run("stops", |_| ());
+    stops.start("main", IDLE, |_| ());
+    stops.stop();
+    assert!(!stops.is_ready());
+    stops.remove();
+
+    // Not hostNetwork, of which containerd 2.1 dies before anybody is asked.
+    let mut host = pods.config("host");
+    let security = host.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+    security.namespace_options.mut_or_insert_default().pid = cri::NamespaceMode::NODE.into();
+    let message = pods.try_run(host, HANDLER).map(drop).unwrap_err().message;
+    assert!(
+        message.contains("hostPID") && message.contains("runtime class"),
+        "{message}\n{}",
+        pods.containerd.log()
+    );
+    assert_nothing_left(&pods, &before);
 }
 
 fn ten_pods_of_three_containers_at_once() {

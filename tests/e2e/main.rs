@@ -4,7 +4,8 @@
 //! On a machine without usable KVM the whole program runs itself again inside the lab, with the same arguments,
 //! and what is seen is what it writes there. `STOCKADE_E2E_RUNTIME` names the runtime under test: with `runc`
 //! the cases that are not about the VM must pass as well, which shows that they ask for what the specification
-//! says. `STOCKADE_E2E_FULL=1` makes some cases as large as they are meant, which takes hours.
+//! says. `STOCKADE_LAB_SUITE` names the Debian suite whose callers are in the lab, `STOCKADE_E2E_SANDBOX_API=1` has pods made
+//! by containerd's sandbox API, which 2.x has. `STOCKADE_E2E_FULL=1` makes some cases as large as they are meant, which takes hours.
 #![allow(clippy::unwrap_used, reason = "a test may fail by panicking")]
 
 mod harness;

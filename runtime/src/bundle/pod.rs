@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
-use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
 
 use super::Error;
 use super::validate::{check_sysctl, is_bind, unsupported};
@@ -56,6 +56,8 @@ pub struct Shared {
     shm: Option<PathBuf>,
     /// Paths of the sandbox's namespaces, where it has some before it is made.
     namespaces: Vec<(LinuxNamespaceType, PathBuf)>,
+    /// Files of the pod that the engine leaves to us, with their places in containers.
+    files: Vec<(PathBuf, PathBuf)>,
 }
 
 /// What of a pod's a container takes part in.
@@ -102,10 +104,41 @@ impl Shared {
         Ok(shared)
     }
 
+    /// Has each container get what the engine has not made for the pod: these files, read-only at these places, and
+    /// shared memory of that size, for which a directory stands on the host.
+    pub fn bring(&mut self, files: Vec<(PathBuf, PathBuf)>, shm: PathBuf, shm_bytes: u64) {
+        self.files = files;
+        self.shm = Some(shm);
+        self.shm_bytes = shm_bytes;
+    }
+
+    /// Mounts what was brought, where the container has nothing of its own.
+    fn mount_brought(&self, spec: &mut Spec) {
+        let Some(shm) = self.shm.as_ref().filter(|_| !self.files.is_empty()) else { return };
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        // As the engine has it in every container that is given nothing else there.
+        mounts
+            .retain(|mount| mount.destination() != Path::new(SHM) || mount.typ().as_deref() != Some("tmpfs"));
+        let files = self.files.iter().map(|(path, place)| (path, place.as_path(), &["bind", "ro"][..]));
+        let shm = (shm, Path::new(SHM), &["bind", "rw", "nosuid", "nodev", "noexec"][..]);
+        for (path, place, options) in files.chain([shm]) {
+            if mounts.iter().any(|mount| mount.destination() == place) {
+                continue;
+            }
+            let mut mount = Mount::default();
+            mount.set_destination(place.to_owned()).set_typ(Some("bind".into()));
+            mount.set_source(Some(path.clone()));
+            mount.set_options(Some(options.iter().map(|option| option.to_string()).collect()));
+            mounts.push(mount);
+        }
+        spec.set_mounts(Some(mounts));
+    }
+
     /// Takes the paths of the host out of a container's configuration that stand for what is the pod's; `sandbox` is
     /// the process that stands for it on the host.
     pub fn adopt(&self, spec: &mut Spec, sandbox: u32) -> Joined {
         let mut joined = Joined::default();
+        self.mount_brought(spec);
         let Some(linux) = spec.linux_mut() else { return joined };
         let is_pods = |typ: LinuxNamespaceType, name: &str, path: &Path| {
             path == Path::new(&format!("/proc/{sandbox}/ns/{name}"))
@@ -277,6 +310,37 @@ mod tests {
             leads_across(dir.path()) && leads_across(&path("file")) && leads_across(Path::new("/dev/null"))
         );
         assert!(!leads_across(&path("socket")) && !leads_across(&path("pipe")));
+    }
+
+    #[test]
+    fn what_the_engine_leaves_to_us_is_mounted_where_a_container_has_nothing_else() {
+        let mut shared = Shared::of(&sandbox()).unwrap();
+        let files =
+            ["/etc/hosts", "/etc/resolv.conf"].map(|place| (format!("/state{place}").into(), place.into()));
+        shared.bring(files.into(), "/state/shm".into(), 1 << 20);
+        let adopted = |mounts: Value| {
+            let mut container = serde_json::to_value(sandbox()).unwrap();
+            container["mounts"] = mounts;
+            let mut container: Spec = serde_json::from_value(container).unwrap();
+            let joined = shared.adopt(&mut container, 7);
+            let mounts = container.mounts().iter().flatten();
+            let sources =
+                mounts.filter_map(|m| Some(m.source().as_ref()?.display().to_string())).collect::<Vec<_>>();
+            (joined.shm, sources)
+        };
+        let plain = json!([{"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}]);
+        assert_eq!(
+            adopted(plain),
+            (true, vec!["/state/etc/hosts".into(), "/state/etc/resolv.conf".into(), "/state/shm".into()])
+        );
+        let own = json!([
+            {"destination": "/etc/hosts", "type": "bind", "source": "/kubelet/hosts"},
+            {"destination": "/dev/shm", "type": "bind", "source": "/kubelet/memory"},
+        ]);
+        assert_eq!(
+            adopted(own),
+            (false, vec!["/kubelet/hosts".into(), "/kubelet/memory".into(), "/state/etc/resolv.conf".into()])
+        );
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! What a caller hands to `start` on standard input, and the answer that it understands.
 //!
 //! Up to containerd 2.2 the input is the runtime's options and the plain address a good answer. From 2.3 on it is a
-//! `BootstrapParams` message, and its answer says too that the task service's third version is served.
+//! `BootstrapParams` message, and its answer says too that the task service's third version is served. So does an answer
+//! in JSON, which 2.0 to 2.2 understand: only where it is them that call for certain, which is by the sandbox API. It
+//! spares them to call this program for each container of a pod.
 
 use std::io::{self, Read, Write};
 
@@ -9,6 +11,10 @@ use containerd_shim_protos::TASK_API_VERSION;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 
+use super::role::Role;
+
+/// How the task service is spoken to.
+const PROTOCOL: &str = "ttrpc";
 /// More than any options have; a caller that sends more is none.
 const INPUT_MAX: u64 = 4 << 20;
 
@@ -17,6 +23,8 @@ const INPUT_MAX: u64 = 4 << 20;
 pub enum Caller {
     /// It wants a plain address.
     Plain,
+    /// It wants JSON.
+    Json,
     /// It said what it is.
     Bootstrap(Box<BootstrapParams>),
 }
@@ -44,15 +52,29 @@ impl Caller {
         }
     }
 
+    /// The same, of a caller that starts something of this kind.
+    pub fn knowing(self, role: &Role) -> Self {
+        match (self, role) {
+            (Caller::Plain, Role::Announced) => Caller::Json,
+            (caller, _) => caller,
+        }
+    }
+
     /// Says where the shim listens.
     pub fn answer(&self, address: &str, mut out: impl Write) -> io::Result<()> {
         match self {
             Caller::Plain => out.write_all(address.as_bytes()),
+            Caller::Json => {
+                let answer = serde_json::json!({
+                    "version": TASK_API_VERSION, "address": address, "protocol": PROTOCOL,
+                });
+                out.write_all(answer.to_string().as_bytes())
+            }
             Caller::Bootstrap(_) => {
                 let result = BootstrapResult {
                     version: TASK_API_VERSION,
                     address: address.into(),
-                    protocol: "ttrpc".into(),
+                    protocol: PROTOCOL.into(),
                     ..Default::default()
                 };
                 out.write_all(&result.write_to_bytes()?)
@@ -80,6 +102,16 @@ mod tests {
         let named = Any { value: b"namespace".to_vec(), ..options };
         assert_eq!(answer(&named.write_to_bytes().unwrap()), b"unix:///s");
         assert_eq!(answer(b"{\"version\":3}"), b"unix:///s");
+    }
+
+    #[test]
+    fn callers_of_the_sandbox_api_get_the_third_version_in_json() {
+        let mut out = Vec::new();
+        let caller = Caller::from(b"").knowing(&Role::Announced);
+        caller.answer("unix:///s", &mut out).unwrap();
+        let answer: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!(answer, serde_json::json!({"version": 3, "address": "unix:///s", "protocol": "ttrpc"}));
+        assert!(matches!(Caller::from(b"").knowing(&Role::Pod), Caller::Plain));
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! A shim's sandbox and the tasks in it: a pod, a group, or a single container.
 //!
-//! The VM boots while containerd prepares its first request. It ends with the task that is its reason: the pause
-//! container of a pod, a single container's init. However it ends, every process in it is reported with an exit,
+//! The VM boots while containerd prepares its first request. It ends with what is its reason: the pause container of a
+//! pod or the call that stops it, a single container's init. However it ends, every process in it is reported with an exit,
 //! and never as one that went well.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
@@ -16,11 +16,13 @@ use oci_spec::runtime::Hook;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use super::boot::{Booted, Plan};
 use super::error::Error;
 use super::events::{Publisher, timestamp};
 use super::forward;
 use super::process::{Exited, Process, Stage};
 use super::role::Role;
+use super::stdio::Paths;
 use super::task::Container;
 use super::volumes::Volumes;
 use crate::bundle::pod::Shared;
@@ -29,7 +31,7 @@ use crate::records::{self, Record};
 use crate::sandbox::agent::{self, Exit};
 use crate::sandbox::stdio::Relays;
 use crate::sandbox::{self, Sandbox};
-use crate::state::{State, StateDir};
+use crate::size::VmSize;
 
 /// How long the end of a VM may take to be known after the connection to its agent broke.
 const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -42,27 +44,20 @@ pub const KILLED: u32 = 128 + libc::SIGKILL as u32;
 
 /// The sandbox.
 pub struct Pod {
-    /// The sandbox's id: that of its first container, or the name of its group.
-    pub id: String,
-    /// containerd's namespace.
-    pub namespace: String,
-    /// What kind of sandbox.
-    pub role: Role,
+    /// What it was to be.
+    pub plan: Plan,
     /// Where events go.
     pub publisher: Publisher,
     /// All tasks that have not been deleted.
     pub containers: RefCell<BTreeMap<String, Rc<Container>>>,
-    /// A process of the host that stands for all in the guest: the VMM.
-    pub pid: u32,
+    /// What the sandbox API knows as its life.
+    pub life: Process,
     /// Somebody asked this shim to end, and there is no task left.
     pub finished: Notify,
-    /// What its containers share, if it is one of Kubernetes.
-    pub shared: Option<Shared>,
     /// What its containers mount.
     pub volumes: RefCell<Volumes>,
-    vm: Option<Sandbox>,
-    /// Its state on the host.
-    kept: Option<(Rc<StateDir>, RefCell<State>)>,
+    /// The VM and what of it is on the host, once it has been started.
+    machine: OnceCell<Booted>,
     /// The guest is ready for containers.
     up: Cell<bool>,
     /// Why there is no VM (any more), in one line.
@@ -72,48 +67,70 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// A sandbox whose VM boots, or one that could not be started and why.
-    pub fn new(
-        (id, namespace, role): (String, String, Role),
-        vm: Result<(Sandbox, Option<Shared>, Rc<StateDir>, State), sandbox::Error>,
-        publisher: Publisher,
-    ) -> Rc<Self> {
-        let (vm, shared, kept, gone) = match vm {
-            Ok((vm, shared, dir, state)) => (Some(vm), shared, Some((dir, RefCell::new(state))), None),
-            Err(e) => {
-                if let Some(part) = e.part() {
-                    records::append(&Record::Failed(part.into()));
-                }
-                (None, None, None, Some(error_line(&e)))
-            }
-        };
-        let vmm = kept.as_ref().and_then(|(_, state)| state.borrow().vmm);
-        let volumes =
-            kept.as_ref().map(|(_, state)| Volumes::of(&state.borrow().annotations)).unwrap_or_default();
-        let pid = vmm.map_or(std::process::id(), |vmm| vmm.pid as u32);
+    /// A sandbox without a VM.
+    pub fn new(plan: Plan, publisher: Publisher) -> Rc<Self> {
         Rc::new(Pod {
-            id,
-            namespace,
-            role,
+            plan,
             publisher,
             containers: RefCell::default(),
-            pid,
+            life: Process::new("", Paths::default()),
             finished: Notify::new(),
-            shared,
-            volumes: RefCell::new(volumes),
-            vm,
-            kept,
+            volumes: RefCell::default(),
+            machine: OnceCell::new(),
             up: Cell::new(false),
-            gone: RefCell::new(gone),
+            gone: RefCell::default(),
             went: Notify::new(),
         })
     }
 
+    /// Gives it the VM that boots, or the reason why there is none.
+    pub fn receive(self: &Rc<Self>, booted: Result<Booted, sandbox::Error>) {
+        match booted {
+            Ok(machine) => {
+                self.volumes.replace(Volumes::of(&machine.state.borrow().annotations));
+                // Nobody gives it a second one: that is checked where it could be asked for.
+                let _ = self.machine.set(machine);
+                tokio::task::spawn_local(self.clone().attend());
+            }
+            Err(e) => {
+                if let Some(part) = e.part() {
+                    records::append(&Record::Failed(part.into()));
+                }
+                self.end(&error_line(&e));
+            }
+        }
+    }
+
+    /// Whether it has been given a VM, or the reason why there is none.
+    pub fn is_decided(&self) -> bool {
+        self.machine.get().is_some() || self.gone.borrow().is_some()
+    }
+
+    /// A process of the host that stands for all in the guest: the VMM.
+    pub fn pid(&self) -> u32 {
+        let vmm = self.machine.get().and_then(|machine| machine.state.borrow().vmm);
+        vmm.map_or(std::process::id(), |vmm| vmm.pid as u32)
+    }
+
+    /// How big the VM is.
+    pub fn size(&self) -> Option<VmSize> {
+        self.machine.get().map(|machine| machine.state.borrow().vm)
+    }
+
+    /// What its containers share, if it is one of Kubernetes.
+    pub fn shared(&self) -> Option<&Shared> {
+        self.machine.get().and_then(|machine| machine.shared.as_ref())
+    }
+
     /// The VM, unless it has ended.
     pub fn vm(&self) -> Result<&Sandbox, Error> {
-        match (&self.vm, &*self.gone.borrow()) {
-            (Some(vm), None) => Ok(vm),
-            (_, reason) => Err(Error::Gone(reason.clone().unwrap_or_else(|| "the sandbox has ended".into()))),
+        match (self.machine.get(), &*self.gone.borrow()) {
+            (Some(machine), None) => Ok(&machine.sandbox),
+            (_, Some(reason)) => Err(Error::Gone(reason.clone())),
+            (None, None) => Err(Error::Precondition(format!(
+                "sandbox {} has not been created: CreateSandbox comes before everything else",
+                self.plan.id
+            ))),
         }
     }
 
@@ -131,22 +148,22 @@ impl Pod {
 
     /// Marks that a container runs.
     pub fn mark_started(&self) {
-        if let (Some(vm), Some((dir, _))) = (&self.vm, &self.kept) {
-            vm.timeline.mark_started(&self.id, dir.path());
+        if let Some(machine) = self.machine.get() {
+            machine.sandbox.timeline.mark_started(&self.plan.id, machine.dir().path());
         }
     }
 
     /// Prepares the guest for containers, with the network of its namespace as it is now.
-    async fn set_up(&self, vm: &Sandbox) -> Result<(), sandbox::Error> {
+    async fn set_up(&self, machine: &Booted) -> Result<(), sandbox::Error> {
+        let vm = &machine.sandbox;
         vm.set_up().await?;
         let save = |record| {
-            let Some((dir, state)) = &self.kept else { return Ok(()) };
-            state.borrow_mut().network = Some(record);
-            Ok(dir.save(&state.borrow())?)
+            machine.state.borrow_mut().network = Some(record);
+            Ok(machine.dir().save(&machine.state.borrow())?)
         };
         let request = vm.wire_network(save).await?;
         vm.set_network(request).await?;
-        if let Some(shared) = &self.shared {
+        if let Some(shared) = &machine.shared {
             vm.set_pod(shared).await?;
         }
         self.up.set(true);
@@ -155,15 +172,16 @@ impl Pod {
     }
 
     /// Follows the VM: prepares it, tells of memory that ran out, and knows when it ends.
-    pub async fn attend(self: Rc<Self>) {
-        let Ok(vm) = self.vm() else { return };
+    async fn attend(self: Rc<Self>) {
+        let Some(machine) = self.machine.get() else { return };
+        let vm = &machine.sandbox;
         // The VM's end is known by the other branch; this one never comes to an end of its own.
         let up = async {
-            if let Err(e) = self.set_up(vm).await {
+            if let Err(e) = self.set_up(machine).await {
                 self.lost(&e).await;
                 std::future::pending::<()>().await;
             }
-            if self.shared.is_some() {
+            if machine.shared.is_some() {
                 tokio::task::spawn_local(forward::serve(self.clone()));
             }
             if let Err(e) = vm.agent.out_of_memory(|id| self.out_of_memory(id)).await {
@@ -209,9 +227,10 @@ impl Pod {
     /// Ends the VM; `reason` is what later calls are told.
     pub fn end(&self, reason: &str) {
         self.gone.borrow_mut().get_or_insert_with(|| reason.into());
-        if let Some(vm) = &self.vm {
-            vm.kill();
+        if let Some(machine) = self.machine.get() {
+            machine.sandbox.kill();
         }
+        self.life.ended(KILLED);
         let containers: Vec<_> = self.containers.borrow().values().cloned().collect();
         for pause in containers.iter().filter(|one| one.is_pause && one.init.stage() == Stage::Running) {
             // Nobody else follows it: there is no such process in the guest.
@@ -223,8 +242,8 @@ impl Pod {
 
     /// Runs poststop hooks, for which there need not be a VM any more.
     pub async fn run_last_hooks(&self, list: &[Hook], state: Vec<u8>) -> Result<(), sandbox::Error> {
-        match &self.vm {
-            Some(vm) => vm.run_hooks("poststop", list, state).await,
+        match self.machine.get() {
+            Some(machine) => machine.sandbox.run_hooks("poststop", list, state).await,
             None => Ok(()),
         }
     }
@@ -242,9 +261,10 @@ impl Pod {
 
     /// Waits until the VM is gone with all that it holds.
     pub fn reap(&self) {
-        if let Some(vm) = &self.vm {
-            vm.unwire_network();
-            vm.reap();
+        if let Some(machine) = self.machine.get() {
+            machine.sandbox.unwire_network();
+            machine.sandbox.reap();
+            machine.release();
         }
     }
 
@@ -292,7 +312,7 @@ impl Pod {
         let exited = process.ended(code);
         self.report(&container.id, &process, exited);
         drop(_order);
-        if process.exec_id.is_empty() && self.role == Role::Single {
+        if process.exec_id.is_empty() && self.plan.role == Role::Single {
             // There is nothing left to run, so its memory can go before anybody asks.
             self.end("the container has ended");
         }

@@ -35,6 +35,8 @@ pub struct Process {
     pub paths: Paths,
     /// What an exec is to run, in JSON; taken by its start.
     pub spec: RefCell<Vec<u8>>,
+    /// Since when there is one.
+    pub made: SystemTime,
     /// A process of the host that stands for it: 0 before there is one.
     pub pid: Cell<u32>,
     /// What keeps its streams open.
@@ -52,6 +54,7 @@ impl Process {
             exec_id: exec_id.into(),
             paths,
             spec: RefCell::default(),
+            made: SystemTime::now(),
             pid: Cell::new(0),
             held: RefCell::default(),
             order: Mutex::new(()),

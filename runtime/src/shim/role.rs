@@ -21,6 +21,8 @@ pub enum Role {
     Pod,
     /// It runs in the pod of that id.
     InPod(String),
+    /// It is a pod of containerd's sandbox API: what it is to be comes with a call, and there is no pause container.
+    Announced,
 }
 
 impl Role {
@@ -47,10 +49,15 @@ impl Role {
         Ok(get(GROUP).map_or(Role::Single, |group| Role::Group(group.clone())))
     }
 
+    /// Whether it is a pod, which other containers join.
+    pub fn is_pod(&self) -> bool {
+        matches!(self, Role::Pod | Role::Announced)
+    }
+
     /// The sandbox of the container `id`.
     pub fn sandbox<'a>(&'a self, id: &'a str) -> &'a str {
         match self {
-            Role::Single | Role::Pod => id,
+            Role::Single | Role::Pod | Role::Announced => id,
             Role::Group(sandbox) | Role::InPod(sandbox) => sandbox,
         }
     }

@@ -73,6 +73,25 @@ pub fn metrics(stats: &StatsResponse) -> Metrics {
     }
 }
 
+/// Adds one container's accounts to others'. There is no limit to all of them.
+pub fn add(sum: &mut StatsResponse, stats: &StatsResponse) {
+    let cpu = sum.cpu.mut_or_insert_default();
+    cpu.usage_us = cpu.usage_us.saturating_add(stats.cpu.usage_us);
+    cpu.user_us = cpu.user_us.saturating_add(stats.cpu.user_us);
+    cpu.system_us = cpu.system_us.saturating_add(stats.cpu.system_us);
+    let memory = sum.memory.mut_or_insert_default();
+    memory.usage = memory.usage.saturating_add(stats.memory.usage);
+    memory.swap = memory.swap.saturating_add(stats.memory.swap);
+    memory.oom = memory.oom.saturating_add(stats.memory.oom);
+    memory.oom_kill = memory.oom_kill.saturating_add(stats.memory.oom_kill);
+    for (name, value) in &stats.memory.stat {
+        let all = memory.stat.entry(name.clone()).or_default();
+        *all = all.saturating_add(*value);
+    }
+    let pids = sum.pids.mut_or_insert_default();
+    pids.current = pids.current.saturating_add(stats.pids.current);
+}
+
 /// Packs them.
 pub fn to_any(metrics: &Metrics) -> Any {
     Any {
@@ -86,6 +105,22 @@ pub fn to_any(metrics: &Metrics) -> Any {
 mod tests {
     use super::*;
     use stockade_agent_protocol::messages::{CpuStats, MemoryStats};
+
+    #[test]
+    fn accounts_of_containers_add_up() {
+        let one = |usage: u64, name: &str| {
+            let memory = MemoryStats { usage, stat: [(name.to_owned(), usage)].into(), ..Default::default() };
+            StatsResponse { memory: Some(memory).into(), ..Default::default() }
+        };
+        let mut sum = StatsResponse::default();
+        for stats in [one(1, "anon"), one(2, "file"), one(u64::MAX, "anon")] {
+            add(&mut sum, &stats);
+        }
+        assert_eq!(
+            (sum.memory.usage, sum.memory.stat["anon"], sum.memory.stat["file"]),
+            (u64::MAX, u64::MAX, 2)
+        );
+    }
 
     #[test]
     fn figures_keep_their_meaning_and_an_empty_answer_is_all_zero() {

@@ -91,11 +91,11 @@ impl Pod {
             terminal: request.terminal,
         };
         let init = Rc::new(Process::new("", paths));
-        let is_pause = self.role == Role::Pod && id == self.id;
+        let is_pause = self.plan.role == Role::Pod && id == self.plan.id;
         if is_pause {
             let container = self.admit(&id, bundle, init, Hooks::default(), true);
             self.created(&container, &request);
-            return Ok(self.pid);
+            return Ok(self.pid());
         }
 
         let root = bundle.join(ROOTFS);
@@ -104,7 +104,7 @@ impl Pod {
         match made {
             Ok(container) => {
                 self.created(&container, &request);
-                Ok(self.pid)
+                Ok(self.pid())
             }
             Err(e) => {
                 self.unshare(&id).await;
@@ -116,9 +116,9 @@ impl Pod {
 
     async fn make(self: &Rc<Self>, id: &str, path: &Path, init: Rc<Process>) -> Result<Rc<Container>, Error> {
         let vm = self.ready().await?;
-        let (bundle, adapted) = match &self.shared {
+        let (bundle, adapted) = match self.shared() {
             Some(shared) => {
-                let bundle = Bundle::load_in_pod(path, shared, self.pid)?;
+                let bundle = Bundle::load_in_pod(path, shared, self.pid())?;
                 let mut volumes = self.volumes.borrow_mut();
                 let adapted = guest::adapt_with(&bundle, id, |bind| volumes.place(bind, id))?;
                 (bundle, adapted)
@@ -131,7 +131,7 @@ impl Pod {
         };
         vm.share(&bundle, &adapted.binds)?;
         vm.add_oom_score(&bundle.spec);
-        let owner = Owner { namespace: &self.namespace, container: id };
+        let owner = Owner { namespace: &self.plan.namespace, container: id };
         let (mut host, held) = stdio::open(&init.paths, owner)?;
         init.held.replace(held);
         let wanted = host.wanted();
@@ -160,7 +160,7 @@ impl Pod {
         hooks: Hooks,
         is_pause: bool,
     ) -> Rc<Container> {
-        init.pid.set(self.pid);
+        init.pid.set(self.pid());
         let container = Rc::new(Container {
             id: id.into(),
             bundle,
@@ -187,7 +187,7 @@ impl Pod {
             bundle: request.bundle.clone(),
             rootfs: request.rootfs.clone(),
             io: MessageField::some(io),
-            pid: self.pid,
+            pid: self.pid(),
             ..Default::default()
         };
         self.publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
@@ -205,7 +205,7 @@ impl Pod {
         if list.is_empty() {
             return Ok(());
         }
-        let state = hook_state(id, bundle, self.pid, status);
+        let state = hook_state(id, bundle, self.pid(), status);
         Ok(self.vm()?.run_hooks(kind, list, state).await?)
     }
 
@@ -235,14 +235,14 @@ impl Pod {
             self.mark_started();
         }
         process.started();
-        let event = TaskStart { container_id: id.into(), pid: self.pid, ..Default::default() };
+        let event = TaskStart { container_id: id.into(), pid: self.pid(), ..Default::default() };
         self.publisher.publish(topics::TASK_START_EVENT_TOPIC, &event);
         let poststart = container.hooks.poststart();
         // A poststart hook that fails is reported; the container runs on (runtime specification, lifecycle).
         if let Err(e) = self.run_hooks("poststart", poststart, id, &container.bundle, "running").await {
             tracing::error!(container = id, "{e}");
         }
-        Ok(self.pid)
+        Ok(self.pid())
     }
 
     /// Notes a further process, which waits for its start.
@@ -284,16 +284,16 @@ impl Pod {
         match started {
             Ok(relays) => {
                 process.started();
-                process.pid.set(self.pid);
+                process.pid.set(self.pid());
                 let event = TaskExecStarted {
                     container_id: container.id.clone(),
                     exec_id: process.exec_id.clone(),
-                    pid: self.pid,
+                    pid: self.pid(),
                     ..Default::default()
                 };
                 self.publisher.publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event);
                 tokio::task::spawn_local(self.clone().follow(container.clone(), process.clone(), relays));
-                Ok(self.pid)
+                Ok(self.pid())
             }
             Err(e) => {
                 // It never ran; who waits for it must not wait for ever.
@@ -311,7 +311,7 @@ impl Pod {
     ) -> Result<crate::sandbox::stdio::Relays, Error> {
         container.must_run()?;
         let vm = self.vm()?;
-        let owner = Owner { namespace: &self.namespace, container: &container.id };
+        let owner = Owner { namespace: &self.plan.namespace, container: &container.id };
         let (mut host, held) = stdio::open(&process.paths, owner)?;
         process.held.replace(held);
         let wanted = host.wanted();
@@ -432,6 +432,21 @@ impl Pod {
         }
     }
 
+    /// What all containers use together.
+    pub async fn use_of_all(&self) -> Result<StatsResponse, Error> {
+        let running: Vec<_> = self.containers.borrow().values().cloned().collect();
+        let mut sum = StatsResponse::default();
+        for container in running.iter().filter(|one| one.must_run().is_ok()) {
+            match self.vm()?.agent.stats(&container.id).await {
+                Ok(answer) => stats::add(&mut sum, &answer),
+                // It has ended meanwhile.
+                Err(agent::Error::Refused(_)) => {}
+                Err(e) => return Err(self.explain("read the containers' accounts", e).await),
+            }
+        }
+        Ok(sum)
+    }
+
     /// Removes a process that has ended; with an init, its container.
     pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, Exited), Error> {
         let container = self.container(id)?;
@@ -477,7 +492,7 @@ impl Pod {
         self.unshare(&container.id).await;
         rootfs::unmount_all(&container.bundle.join(ROOTFS));
         if let Some(list) = hooks.as_ref().filter(|list| !list.is_empty()) {
-            let state = hook_state(&container.id, &container.bundle, self.pid, "stopped");
+            let state = hook_state(&container.id, &container.bundle, self.pid(), "stopped");
             // The runtime specification: logged, and the rest goes on.
             if let Err(e) = self.run_last_hooks(list, state).await {
                 tracing::warn!(container = container.id, "{e}");

@@ -18,12 +18,14 @@ pub struct Case {
     /// Why the case says nothing about a runtime without a VM, when it does not.
     stockade_only: Option<&'static str>,
     on_request: bool,
+    /// Whether the host has what it is about.
+    applies: fn() -> bool,
 }
 
 impl Case {
     /// A case that may run beside others. `name` begins with the name of this crate.
     pub const fn new(name: &'static str, body: fn()) -> Self {
-        Self { name, body, exclusive: false, stockade_only: None, on_request: false }
+        Self { name, body, exclusive: false, stockade_only: None, on_request: false, applies: || true }
     }
 
     /// Runs alone, and must leave the machine as it found it.
@@ -39,6 +41,11 @@ impl Case {
     /// Takes so long that it runs only when it is asked for, with `--ignored`.
     pub const fn on_request(self) -> Self {
         Self { on_request: true, ..self }
+    }
+
+    /// Is ignored where the host has not what it is about.
+    pub const fn only_if(self, applies: fn() -> bool) -> Self {
+        Self { applies, ..self }
     }
 
     fn run(self) -> Result<(), Failed> {
@@ -77,7 +84,7 @@ pub fn into_trials(cases: &[Case]) -> Vec<Trial> {
         .map(|case| (case, case.name.split_once("::").map_or(case.name, |(_, rest)| rest)))
         .filter(|(_, name)| parts::is_asked_for(name))
         .map(|(case, name)| {
-            let ignored = case.on_request || foreign && case.stockade_only.is_some();
+            let ignored = case.on_request || foreign && case.stockade_only.is_some() || !(case.applies)();
             Trial::test(name, move || case.run()).with_ignored_flag(ignored)
         })
         .collect()

@@ -18,6 +18,10 @@ use super::{Containerd, HANG};
 
 /// The runtime class's handler for stockade.
 pub const HANDLER: &str = "stockade";
+/// What has containerd make pods by its sandbox API, without a pause container.
+pub const BY_SANDBOX_API: &str = "\nsandboxer = \"shim\"";
+/// Has all cases of pods run that way.
+const SANDBOX_API: &str = "STOCKADE_E2E_SANDBOX_API";
 /// containerd's namespace for what its CRI plug-in has.
 const NAMESPACE: &str = "k8s.io";
 
@@ -27,6 +31,8 @@ pub struct Pods {
     pub client: Client,
     bridge: Bridge,
     next: AtomicU32,
+    /// Those of [`HANDLER`] are made by the sandbox API.
+    pub by_sandbox_api: bool,
 }
 
 impl Pods {
@@ -41,12 +47,16 @@ impl Pods {
         let bridge = Bridge { name: format!("cri-{number}"), number };
         tool("modprobe -a veth bridge overlay");
         let handlers = [("runc", "io.containerd.runc.v2"), (HANDLER, RUNTIME)];
-        let settings = format!("pod_annotations = [\"io.stockade.*\"]\n{settings}");
+        let mut settings = format!("pod_annotations = [\"io.stockade.*\"]\n{settings}");
+        if !settings.contains("sandboxer") && std::env::var_os(SANDBOX_API).is_some() {
+            settings += BY_SANDBOX_API;
+        }
         let plugin = Plugin { pause: PAUSE_IMAGE, handlers: &handlers, settings: &settings };
         let containerd = Containerd::configured(|at| plugin.configure(at, &bridge).unwrap());
         containerd.import(NAMESPACE, &[(IMAGE, &["sh"]), (PAUSE_IMAGE, &["sleep", "1000000"])]);
         let client = Client::new(&containerd.socket());
-        let this = Self { containerd, client, bridge, next: AtomicU32::new(1) };
+        let by_sandbox_api = settings.contains(BY_SANDBOX_API);
+        let this = Self { containerd, client, bridge, next: AtomicU32::new(1), by_sandbox_api };
         this.wait_until_ready();
         this
     }
@@ -397,10 +407,15 @@ impl LogLine {
     }
 }
 
+/// What a pod's shim has written of it.
+pub fn state_of(pod: &str) -> serde_json::Value {
+    let path = format!("/run/containerd/stockade/{NAMESPACE}/{pod}/state.json");
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
 /// The processes of a pod's VMM and shim.
 pub fn runtime_of(pod: &str) -> (i32, i32) {
-    let path = format!("/run/containerd/stockade/{NAMESPACE}/{pod}/state.json");
-    let state: serde_json::Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let state = state_of(pod);
     let pid = |name: &str| state[name]["pid"].as_i64().unwrap_or_else(|| panic!("{name} in {state}")) as i32;
     (pid("vmm"), pid("supervisor"))
 }

@@ -28,7 +28,9 @@ pub use bundle::{Bundle, Rootfs, host_scratch};
 pub use calls::CallWatch;
 pub use cases::{Case, into_trials, leave_nothing};
 pub use containerd::Containerd;
-pub use cri::{HANDLER, Pod, Pods, container, files_in_no_mount, mount, runtime_of, security};
+pub use cri::{
+    BY_SANDBOX_API, HANDLER, Pod, Pods, container, files_in_no_mount, mount, runtime_of, security, state_of,
+};
 pub use docker::{Docker, IMAGE as DOCKER_IMAGE};
 pub use hijack::Hijacked;
 pub use image::{Images, Layer, digest};
