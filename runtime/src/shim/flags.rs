@@ -63,7 +63,8 @@ pub fn parse(arguments: impl Iterator<Item = String>) -> Result<Flags, String> {
         match name {
             "debug" => flags.debug = value.is_none_or(|value| value != "false"),
             "info" => action = Some(Action::Info),
-            "v" => action = Some(Action::Version),
+            // The second is what CRI-O asks.
+            "v" | "version" => action = Some(Action::Version),
             "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" => {
                 let value = value.take().or_else(|| arguments.next());
                 let value = value.ok_or_else(|| format!("the flag -{name} needs a value"))?;
@@ -112,6 +113,7 @@ mod tests {
         assert_eq!((flags.action, flags.bundle), (Action::Delete, "/b".into()));
         assert_eq!(parsed("-info").unwrap().action, Action::Info);
         assert_eq!(parsed("-v").unwrap().action, Action::Version);
+        assert_eq!(parsed("--version").unwrap().action, Action::Version);
     }
 
     #[test]

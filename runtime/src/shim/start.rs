@@ -92,9 +92,10 @@ pub fn start(mut flags: Flags, process_start_ns: u64) -> Result<(), Error> {
         Bound::Theirs => return found(),
         Bound::Ours(listener) => listener,
     };
-    let sink = match (ttrpc_address.is_empty(), flags.publish_binary.is_empty()) {
+    let sink = match (ttrpc_address.is_empty(), flags.publish_binary.is_empty() || flags.address.is_empty()) {
         (false, _) => Sink::Socket(ttrpc_address),
         (true, false) => Sink::Program { path: flags.publish_binary.clone(), address: flags.address.clone() },
+        // CRI-O names itself as the program, and has no such command.
         (true, true) => Sink::Nowhere,
     };
     let bundle_path = bundle.clone();
