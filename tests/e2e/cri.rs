@@ -365,6 +365,13 @@ fn volumes_of_kubelet_are_what_they_are_under_other_runtimes() {
     let host = pod.volume("host-path", "dir");
     fs::create_dir_all(host.join("sub/path")).unwrap();
     fs::write(host.join("sub/path/file"), "deep\n").unwrap();
+    // What engines mount in their storage is told to nobody, and comes after the pod.
+    let storage = pod.volume("host-path", "storage");
+    let engines = storage.join("late");
+    tool(&format!("mount -t tmpfs tmpfs {0} && mount --make-private {0}", storage.display()));
+    fs::create_dir(&engines).unwrap();
+    tool(&format!("mount -t tmpfs tmpfs {}", engines.display()));
+    fs::write(engines.join("file"), "late\n").unwrap();
     let message = pod.volume("pods", "containers").join("termination");
     fs::write(&message, "").unwrap();
     fs::set_permissions(&message, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
@@ -379,13 +386,14 @@ fn volumes_of_kubelet_are_what_they_are_under_other_runtimes() {
                 mount(&projected, "/etc/config", true),
                 mount(&memory, "/memory", false),
                 mount(&subpath, "/sub", false),
+                mount(&engines, "/late", true),
                 mount(&host.join("sub/path/file"), "/one/file", false),
                 mount(&message, "/dev/termination-log", false),
             ]);
         },
     );
     pod.wait_for_line("main", "up");
-    assert_eq!(pod.output(&id, "cat /etc/config/key"), "value 1");
+    assert_eq!(pod.output(&id, "cat /etc/config/key /late/file"), "value 1\nlate");
     publish(2);
     pod.output(&id, "until grep -q 'value 2' /etc/config/key; do sleep 0.1; done");
     let (_, _, refused) = pod.exec(&id, "touch /etc/config/x");
@@ -403,7 +411,9 @@ fn volumes_of_kubelet_are_what_they_are_under_other_runtimes() {
     pod.stop_container(&id, 60);
     assert_eq!(fs::read_to_string(&message).unwrap(), "farewell\n");
     pod.remove();
-    tool(&format!("umount {} {}", memory.display(), subpath.display()));
+    for mounted in [memory, subpath, engines, storage] {
+        tool(&format!("umount {}", mounted.display()));
+    }
 }
 
 fn settings_of_a_pod_hold_in_its_containers() {

@@ -132,11 +132,22 @@ impl Bundle {
         Self::load_with(dir, |_| Ok(Joined::default()))
     }
 
-    /// The same for a container of a pod, for which `sandbox` stands on the host.
-    pub fn load_in_pod(dir: &Path, shared: &Shared, sandbox: u32) -> Result<Self, Error> {
+    /// The same for a container of a pod, for which `sandbox` stands on the host. `reach` is told what of the host it
+    /// uses before that is looked at: its root file system first.
+    pub fn load_in_pod(
+        dir: &Path,
+        shared: &Shared,
+        sandbox: u32,
+        reach: impl FnOnce(&[PathBuf]),
+    ) -> Result<Self, Error> {
         Self::load_with(dir, |spec| {
             pod::check_devices(spec)?;
-            Ok(shared.adopt(spec, sandbox))
+            let joined = shared.adopt(spec, sandbox);
+            let root = spec.root().as_ref().map_or(Path::new(""), |root| root.path());
+            let mounts = spec.mounts().iter().flatten().filter(|mount| is_bind(mount));
+            let used = std::iter::once(root).chain(mounts.filter_map(|mount| mount.source().as_deref()));
+            reach(&used.map(|path| dir.join(path)).collect::<Vec<_>>());
+            Ok(joined)
         })
     }
 

@@ -7,6 +7,7 @@
 //! [`Sandbox`] is the VM with what the host shows it. Who uses it says what runs in it and when it ends: [`single`]
 //! for the command line, whose sandboxes have one container.
 
+mod adopt;
 pub mod agent;
 pub mod attach;
 pub mod cgroup;
@@ -54,6 +55,7 @@ use crate::process::ProcessId;
 use crate::records::{self, Record};
 use crate::size::{self, VmSize};
 use crate::state;
+pub use adopt::Adopted;
 use agent::Agent;
 use cgroup::Membership;
 use console::Console;
@@ -366,6 +368,12 @@ impl Sandbox {
             Ok(result) => Ok(result?),
             Err(e) => Err(Error::Os("run hooks", io::Error::other(e))),
         }
+    }
+
+    /// Has here what the host shows at these paths, while the answer lives.
+    pub fn adopt(&self, paths: &[PathBuf]) -> Result<Adopted, Error> {
+        let Some(outside) = self.outside.first() else { return Ok(Adopted::default()) };
+        Ok(adopt::adopt(outside.as_fd(), paths)?)
     }
 
     /// The namespaces that this process came from, if they were to be kept.

@@ -23,9 +23,10 @@ use super::process::{Exited, Process, Stage};
 use super::role::Role;
 use super::stdio::{self, Owner, Paths};
 use super::{rootfs, stats};
-use crate::bundle::{self, Bundle, guest};
+use crate::bundle::guest::{self, Adapted};
+use crate::bundle::{self, Bundle};
 use crate::printable::error_line;
-use crate::sandbox::{self, agent};
+use crate::sandbox::{self, Adopted, Sandbox, agent};
 
 /// Where the root filesystem is in a bundle.
 pub const ROOTFS: &str = "rootfs";
@@ -100,7 +101,7 @@ impl Pod {
 
         let root = bundle.join(ROOTFS);
         rootfs::mount_all(&request.rootfs, &root)?;
-        let made = self.make(&id, &bundle, init).await;
+        let made = self.make(&id, &bundle, request.rootfs.is_empty(), init).await;
         match made {
             Ok(container) => {
                 self.created(&container, &request);
@@ -114,22 +115,18 @@ impl Pod {
         }
     }
 
-    async fn make(self: &Rc<Self>, id: &str, path: &Path, init: Rc<Process>) -> Result<Rc<Container>, Error> {
+    /// `theirs` says that whoever calls has mounted the root file system.
+    async fn make(
+        self: &Rc<Self>,
+        id: &str,
+        path: &Path,
+        theirs: bool,
+        init: Rc<Process>,
+    ) -> Result<Rc<Container>, Error> {
         let vm = self.ready().await?;
-        let (bundle, adapted) = match self.shared() {
-            Some(shared) => {
-                let bundle = Bundle::load_in_pod(path, shared, self.pid())?;
-                let mut volumes = self.volumes.borrow_mut();
-                let adapted = guest::adapt_with(&bundle, id, |bind| volumes.place(bind, id))?;
-                (bundle, adapted)
-            }
-            None => {
-                let bundle = Bundle::load(path)?;
-                let adapted = guest::adapt(&bundle, id)?;
-                (bundle, adapted)
-            }
-        };
+        let (bundle, adapted, here_for_it) = self.load(vm, id, path, theirs)?;
         vm.share(&bundle, &adapted.binds)?;
+        drop(here_for_it);
         vm.add_oom_score(&bundle.spec);
         let owner = Owner { namespace: &self.plan.namespace, container: id };
         let (mut host, held) = stdio::open(&init.paths, owner)?;
@@ -150,6 +147,29 @@ impl Pod {
         let container = self.admit(id, path.to_owned(), init.clone(), hooks, false);
         tokio::task::spawn_local(self.clone().follow(container.clone(), init, relays));
         Ok(container)
+    }
+
+    /// What a container is, in the guest too, and what of the host is here only for it: until that is shared.
+    fn load(
+        &self,
+        vm: &Sandbox,
+        id: &str,
+        path: &Path,
+        theirs: bool,
+    ) -> Result<(Bundle, Adapted, Adopted), Error> {
+        let Some(shared) = self.shared() else {
+            let bundle = Bundle::load(path)?;
+            let adapted = guest::adapt(&bundle, id)?;
+            return Ok((bundle, adapted, Adopted::default()));
+        };
+        let mut adopted = Ok(Adopted::default());
+        let reach = |paths: &[PathBuf]| adopted = vm.adopt(&paths[usize::from(!theirs)..]);
+        let bundle = Bundle::load_in_pod(path, shared, self.pid(), reach);
+        let adopted = adopted?;
+        let bundle = bundle?;
+        let mut volumes = self.volumes.borrow_mut();
+        let adapted = guest::adapt_with(&bundle, id, |bind| volumes.place(bind, id))?;
+        Ok((bundle, adapted, adopted))
     }
 
     fn admit(
