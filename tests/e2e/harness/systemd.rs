@@ -107,10 +107,20 @@ impl Systemd {
             .to_owned()
     }
 
-    /// Units that there are, by a pattern.
+    /// Waits until there is no such unit: systemd forgets one that has ended when it next has nothing else to do.
     #[track_caller]
-    pub fn units(&self, pattern: &str) -> String {
-        self.call(&["systemctl", "list-units", "--all", "--plain", "--no-legend", pattern]).code(0).text()
+    pub fn wait_gone(&self, unit: &str) {
+        let begin = Instant::now();
+        loop {
+            let found = self
+                .call(&["systemctl", "list-units", "--all", "--plain", "--no-legend", unit])
+                .code(0)
+                .text();
+            if found.is_empty() {
+                return;
+            }
+            assert!(begin.elapsed() < HANG, "hung: {found}");
+        }
     }
 }
 
