@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::harness::{Bundle, Case, Exit, HANG, Rootfs, Runtime, Systemd, case, host_scratch};
+use crate::harness::{
+    Bundle, Case, Exit, HANG, Program, Rootfs, Runtime, Stdin, Systemd, case, host_scratch,
+};
 
 pub const CASES: &[Case] = &[
     case!(a_scope_holds_the_container_and_its_limits_and_goes_with_it).exclusive(),
@@ -83,6 +85,31 @@ fn scopes_of_the_killed_and_of_the_refused_are_gone() {
     host.call(&["systemctl", "kill", "--signal", "KILL", SCOPE]).code(0);
     call(&["delete", "--force", "c"]).code(0);
     host.wait_gone(SCOPE);
+    // A directory that is called like somebody else's unit is not that.
+    let other = "lab-other.scope";
+    let mut theirs = Program::spawn(
+        host.command(&[
+            "systemd-run",
+            "--quiet",
+            "--scope",
+            "--unit",
+            "lab-other",
+            "sh",
+            "-c",
+            "echo up; exec sleep 1000",
+        ]),
+        Stdin::Null,
+    );
+    theirs.expect_line("up");
+    let named = limited().set("/linux/cgroupsPath", format!("/lab/{other}"));
+    let named = named.save().display().to_string();
+    assert_eq!(host.detach(&[&program, "run", "--detach", "--bundle", &named, "c"]), Exit::Code(0));
+    call(&["update", "--cpu-share", "256", "c"]).code(0);
+    call(&["delete", "--force", "c"]).code(0);
+    assert_eq!(host.property(other, "ActiveState"), "active");
+    assert_eq!(host.property(other, "CPUWeight"), "[not set]");
+    host.call(&["systemctl", "stop", other]).code(0);
+    theirs.exit();
     // Nothing in it ever runs.
     let missing = limited().set("/process/args", json!(["/no-such-program"]));
     call(&["run", "--bundle", &missing.save().display().to_string(), "c"]).refused();

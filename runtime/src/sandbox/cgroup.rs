@@ -345,7 +345,7 @@ fn pass_controllers_on(dir: &Path) {
 pub fn apply(path: &Path, limits: &LinuxResources, vm: VmSize) -> Result<(), Error> {
     let settings = settings(limits, vm);
     if let Some(scope) = scope(path) {
-        systemd::set(&scope, &settings)?;
+        systemd::set(&scope, &in_hierarchy(path), &settings)?;
     }
     write(path, &settings)
 }
@@ -354,6 +354,11 @@ pub fn apply(path: &Path, limits: &LinuxResources, vm: VmSize) -> Result<(), Err
 fn scope(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
     (name.ends_with(".scope") && systemd::runs_the_host()).then(|| name.to_owned())
+}
+
+/// A cgroup as the kernel and systemd call it: from the root of the hierarchy.
+fn in_hierarchy(path: &Path) -> String {
+    Path::new("/").join(path.strip_prefix(ROOT).unwrap_or(path)).display().to_string()
 }
 
 fn write(path: &Path, settings: &[Setting]) -> Result<(), Error> {
@@ -479,7 +484,7 @@ fn block_io(io: &LinuxBlockIo) -> Vec<Setting> {
 pub fn remove(path: &Path) -> Result<(), Error> {
     remove_one(&path.join(VMM))?;
     if let Some(scope) = scope(path) {
-        systemd::stop(&scope)?;
+        systemd::stop(&scope, &in_hierarchy(path))?;
     }
     remove_one(path)
 }

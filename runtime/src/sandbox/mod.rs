@@ -223,7 +223,8 @@ impl Spawned {
         Ok(self.vmm.process()?)
     }
 
-    /// Lets the VM boot for a container or a pod with this configuration, with a share and what is in it so far. Needs a runtime around it.
+    /// Lets the VM boot for a container or a pod with this configuration, with a share and what is in it so far. Needs a
+    /// runtime around it.
     pub fn boot(
         self,
         spec: &Spec,

@@ -2,7 +2,8 @@
 //!
 //! It is this binary under another name. containerd calls it to start a sandbox's shim ([`start`]), which then serves
 //! the task service on a socket ([`service`]) until its last task is deleted, and beside it the sandbox service
-//! ([`sandbox_service`]) for pods that are made by that; and to clean up after one that is gone ([`cleanup`]). One process a sandbox: a pod with all of its containers, or a single container.
+//! ([`sandbox_service`]) for pods that are made by that; and to clean up after one that is gone ([`cleanup`]). One
+//! process a sandbox: a pod with all of its containers, or a single container.
 //!
 //! What always holds: every change of a process's state is published once and in order; a process that ended because
 //! its VM did is reported as killed; nothing outside this process's mount namespace is mounted.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustbus::connection::Timeout;
 use rustbus::message_builder::{MarshalledMessage, MessageBuilder};
 use rustbus::wire::errors::MarshalError;
+use rustbus::wire::unmarshal::traits::Variant;
 use rustbus::wire::{ObjectPath, marshal::traits::Marshal};
 use rustbus::{MessageType, RpcConn, dbus_variant_sig};
 
@@ -21,6 +22,9 @@ const BOOTED: &str = "/run/systemd/system";
 const NAME: &str = "org.freedesktop.systemd1";
 const OBJECT: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+const SCOPE: &str = "org.freedesktop.systemd1.Scope";
+const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
+const UNKNOWN_OBJECT: &str = "org.freedesktop.DBus.Error.UnknownObject";
 const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 /// How long systemd may take for a job. It has a queue of them, and a host that boots has many.
 const JOB_TIMEOUT: Duration = Duration::from_secs(30);
@@ -69,21 +73,28 @@ pub fn start(slice: &str, scope: &str, settings: &[Setting]) -> Result<(), Error
     }
 }
 
-/// Tells systemd of new limits of what [`start`] has made. A unit that it does not know has no properties to keep.
-pub fn set(scope: &str, settings: &[Setting]) -> Result<(), Error> {
+/// Tells systemd of new limits of what [`start`] has made. What is not systemd's has no properties to keep.
+pub fn set(scope: &str, cgroup: &str, settings: &[Setting]) -> Result<(), Error> {
     let failed = |why: String| Error::Systemd { what: "set limits of", unit: scope.into(), why };
     let properties = properties_of(settings);
     let mut systemd = Systemd::connect().map_err(failed)?;
+    if !systemd.has(scope, cgroup).map_err(failed)? {
+        return Ok(());
+    }
     match systemd.call("SetUnitProperties", (scope, true, properties)) {
         Err(e) if !e.starts_with(NO_SUCH_UNIT) => Err(failed(e)),
         _ => Ok(()),
     }
 }
 
-/// Has systemd end what [`start`] has made, and waits until it has. One that is gone already is fine.
-pub fn stop(scope: &str) -> Result<(), Error> {
+/// Has systemd end what [`start`] has made, and waits until it has. One that is gone already is fine, and so is another
+/// unit of the name, which goes on.
+pub fn stop(scope: &str, cgroup: &str) -> Result<(), Error> {
     let failed = |why: String| Error::Systemd { what: "stop", unit: scope.into(), why };
     let mut systemd = Systemd::connect().map_err(failed)?;
+    if !systemd.has(scope, cgroup).map_err(failed)? {
+        return Ok(());
+    }
     systemd.call("Subscribe", ()).map_err(failed)?;
     match systemd.call("StopUnit", (scope, "replace")) {
         Err(e) if e.starts_with(NO_SUCH_UNIT) => Ok(()),
@@ -105,6 +116,28 @@ impl Systemd {
         );
         systemd.ask(rustbus::standard_messages::add_match(&rule))?;
         Ok(systemd)
+    }
+
+    /// Whether this cgroup is a unit's: its path alone does not say, because anybody may call a directory so.
+    fn has(&mut self, scope: &str, cgroup: &str) -> Result<bool, String> {
+        let mut message =
+            MessageBuilder::new().call("GetUnit").with_interface(MANAGER).on(OBJECT).at(NAME).build();
+        message.body.push_param(scope).map_err(|e| e.to_string())?;
+        let answer = match self.ask(message) {
+            Err(e) if e.starts_with(NO_SUCH_UNIT) => return Ok(false),
+            other => other?,
+        };
+        let unit: ObjectPath<&str> = answer.body.parser().get().map_err(|e| e.to_string())?;
+        let mut message =
+            MessageBuilder::new().call("Get").with_interface(PROPERTIES).on(unit.as_ref()).at(NAME).build();
+        message.body.push_param2(SCOPE, "ControlGroup").map_err(|e| e.to_string())?;
+        let answer = match self.ask(message) {
+            // It has gone in between.
+            Err(e) if e.starts_with(NO_SUCH_UNIT) || e.starts_with(UNKNOWN_OBJECT) => return Ok(false),
+            other => other?,
+        };
+        let value: Variant = answer.body.parser().get().map_err(|e| e.to_string())?;
+        Ok(value.get::<&str>().map_err(|e| e.to_string())? == cgroup)
     }
 
     fn call(&mut self, method: &str, parameters: impl Parameters) -> Result<MarshalledMessage, String> {
