@@ -205,7 +205,8 @@ fn expect(stream: &mut Stream, channel: u8, text: &str) {
         match stream.receive().unwrap() {
             Some((of, bytes)) if of == channel => said.push_str(&String::from_utf8_lossy(&bytes)),
             Some((of, bytes)) => {
-                assert!(bytes.is_empty(), "on channel {of}: {}", String::from_utf8_lossy(&bytes))
+                let bytes = String::from_utf8_lossy(&bytes);
+                assert!(bytes.is_empty(), "after {said:?} on channel {of}: {bytes}")
             }
             None => panic!("closed after {said:?}, before {text:?}"),
         }
@@ -224,7 +225,9 @@ fn exec_attach_and_forwarded_ports_carry_streams() {
     exec.send(STDIN, b"x\n").unwrap();
     expect(&mut exec, RESULT, "\"message\":\"3\"");
 
-    let mut terminal = pod.exec_stream(&id, "tty; read word; stty size; exit 0", true);
+    // The sizes and the input take different ways through containerd, so neither waits for the other.
+    let resized = "tty; read word; until stty size | grep '31 97'; do sleep 0.1; done; exit 0";
+    let mut terminal = pod.exec_stream(&id, resized, true);
     expect(&mut terminal, STDOUT, "/dev/pts/");
     terminal.send(RESIZE, b"{\"Width\":97,\"Height\":31}").unwrap();
     terminal.send(STDIN, b"\n").unwrap();
