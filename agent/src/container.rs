@@ -34,6 +34,7 @@ use crate::reaper::Reaper;
 use crate::spec::{self, Ids, ProcessFacts};
 use crate::stdio::{self, ChildEnds, Drain, Ends, Relays, Rendezvous};
 use crate::supervise::{Made, Process};
+use crate::volumes;
 
 /// libcontainer's state of each container.
 pub const STATE_DIR: &str = "/run/stockade/state";
@@ -380,6 +381,7 @@ impl Containers {
         self.rendezvous.forget(id, None);
         let killed = cgroup.kill();
         let removed = cgroup.remove().await;
+        volumes::remove_parts(id);
         for dir in [STATE_DIR, BUNDLE_DIR] {
             remove_dir(&Path::new(dir).join(id))?;
         }

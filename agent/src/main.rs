@@ -34,6 +34,7 @@ mod spec;
 mod stdio;
 mod supervise;
 mod thrash;
+mod volumes;
 mod vsock;
 
 use std::sync::Arc;

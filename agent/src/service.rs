@@ -11,8 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty, Event,
-    ExecRequest, ExecResponse, ForgetRequest, HandshakeRequest, HandshakeResponse, PidsResponse,
-    ProcessRequest, ResizeRequest, SetNetworkRequest, SetPodRequest, SetupSandboxRequest,
+    ExecRequest, ExecResponse, ForgetRequest, HandshakeRequest, HandshakeResponse, MakeVolumeRequest,
+    PidsResponse, ProcessRequest, ResizeRequest, SetNetworkRequest, SetPodRequest, SetupSandboxRequest,
     SetupSandboxResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
 };
 use stockade_agent_protocol::service::Agent;
@@ -22,7 +22,7 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 use crate::container::Containers;
 use crate::error::Error;
 use crate::vsock::Listener;
-use crate::{boot, console, forward, network, pod, processes, sandbox};
+use crate::{boot, console, forward, network, pod, processes, sandbox, volumes};
 
 /// Highest signal number, SIGRTMAX.
 const SIGNAL_MAX: u32 = 64;
@@ -127,6 +127,12 @@ impl Agent for Service {
         self.containers()?;
         pod::set(&request)?;
         tokio::spawn(forward::serve(Listener::bind(FORWARD_PORT, self.loopback)?));
+        Ok(Empty::default())
+    }
+
+    async fn make_volume(&self, _: &TtrpcContext, request: MakeVolumeRequest) -> ttrpc::Result<Empty> {
+        self.containers()?;
+        volumes::make(&request)?;
         Ok(Empty::default())
     }
 

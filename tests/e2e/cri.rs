@@ -28,6 +28,7 @@ pub const CASES: &[Case] = &[
     case!(a_workload_is_asked_once_to_stop_and_then_killed).stockade_only(SHIM).exclusive(),
     case!(runtime_handlers_are_told_apart).stockade_only(SHIM).exclusive(),
     case!(containers_of_a_pod_share_volumes_as_one_file_system).stockade_only(SHIM).exclusive(),
+    case!(an_empty_directory_in_memory_is_the_guests_memory).stockade_only(SHIM).exclusive(),
     case!(volumes_of_kubelet_are_what_they_are_under_other_runtimes).stockade_only(SHIM).exclusive(),
     case!(settings_of_a_pod_hold_in_its_containers).stockade_only(SHIM).exclusive(),
     case!(what_is_the_hosts_is_refused_in_words_that_say_what_to_do).stockade_only(SHIM).exclusive(),
@@ -312,19 +313,9 @@ fn with_perl(config: &mut cri::ContainerConfig, volume: &Path) {
     config.mounts.push(mount(volume, "/debian/mnt", false));
 }
 
-fn containers_of_a_pod_share_volumes_as_one_file_system() {
-    let pods = Pods::start();
-    let pod = pods.run("shares", |_| ());
-    let volume = pod.volume("empty-dir", "shared");
+/// A unix socket and mapped memory on a volume, in which `number` has been written as 17, work between two containers.
+fn share_as_one_file_system(pod: &Pod, volume: &Path) {
     let perl = |program: &str| format!("exec chroot /debian perl -e '{program}'");
-    let reader = pod.start(
-        "reader",
-        "until [ -e /v/file ]; do sleep 0.1; done; cat /v/file; ! echo x > /v/file",
-        |config| {
-            config.mounts.push(mount(&volume, "/v", true));
-        },
-    );
-    fs::write(volume.join("number"), "17").unwrap();
     let server = perl(
         "use IO::Socket::UNIX; $SIG{TERM} = sub { exit };
          my $s = IO::Socket::UNIX->new(Local => \"/mnt/socket\", Listen => 1) or die \"listen: $!\";
@@ -333,7 +324,7 @@ fn containers_of_a_pod_share_volumes_as_one_file_system() {
          my $c = $s->accept; print $c \"answer to \" . <$c>; close $c;
          syscall(0, fileno(N), $at, 2); print \"written\\n\"; sleep 1 while 1;",
     );
-    pod.start("server", &server, |config| with_perl(config, &volume));
+    pod.start("server", &server, |config| with_perl(config, volume));
     pod.wait_for_line("server", "up");
     let client = perl(
         "use IO::Socket::UNIX; open F, \"+<\", \"/mnt/map\"; my $at = syscall(9, 0, 4096, 3, 1, fileno(F), 0);
@@ -342,12 +333,108 @@ fn containers_of_a_pod_share_volumes_as_one_file_system() {
          while (unpack(\"P2\", pack(\"Q\", $at)) !~ /\\d\\d/) { select undef, undef, undef, 0.05 }
          print \"mapped \", unpack(\"P2\", pack(\"Q\", $at)), \"\\n\";",
     );
-    let said = pod.done("client", &client, |config| with_perl(config, &volume));
+    let said = pod.done("client", &client, |config| with_perl(config, volume));
     assert_eq!(said[0], "answer to hello");
     assert!(said[1] == "mapped 17", "{said:?}");
+}
+
+fn containers_of_a_pod_share_volumes_as_one_file_system() {
+    let pods = Pods::start();
+    let pod = pods.run("shares", |_| ());
+    let volume = pod.volume("empty-dir", "shared");
+    let reader = pod.start(
+        "reader",
+        "until [ -e /v/file ]; do sleep 0.1; done; cat /v/file; ! echo x > /v/file",
+        |config| {
+            config.mounts.push(mount(&volume, "/v", true));
+        },
+    );
+    fs::write(volume.join("number"), "17").unwrap();
+    share_as_one_file_system(&pod, &volume);
     fs::write(volume.join("file"), "from the host\n").unwrap();
     assert_eq!(pod.ended(&reader).exit_code, 0, "{:?}", pod.log("reader"));
     assert_eq!(fs::read_to_string(volume.join("file")).unwrap(), "from the host\n");
+}
+
+fn an_empty_directory_in_memory_is_the_guests_memory() {
+    let pods = Pods::start();
+    let pod = pods.run("memory", |_| ());
+    let [volume, filled, large] = ["volume", "filled", "large"].map(|name| pod.volume("empty-dir", name));
+    for (of, size) in [(&volume, "8m"), (&filled, "1m"), (&large, "100g")] {
+        tool(&format!("mount -t tmpfs -o size={size} tmpfs {}", of.display()));
+    }
+    // As kubelet does for fsGroup.
+    tool(&format!("chgrp 2000 {0} && chmod 2770 {0}", volume.display()));
+    fs::write(filled.join("file"), "from the host\n").unwrap();
+    let with = |of: &Path, readonly: bool| {
+        let mount = mount(of, "/v", readonly);
+        move |config: &mut cri::ContainerConfig| config.mounts.push(mount)
+    };
+
+    let said = pod.done(
+        "init",
+        "echo kept > /v/kept; printf 17 > /v/number; stat -c %a:%u:%g /v /v/kept; df -k /v | tail -1; \
+         grep ' /v ' /proc/mounts; grep MemTotal /proc/meminfo",
+        with(&volume, false),
+    );
+    assert_eq!(said[..2], ["2770:0:2000", "644:0:2000"]);
+    assert!(said[2].starts_with("tmpfs") && said[2].contains(" 8192 "), "{said:?}");
+    assert!(said[3].contains(" tmpfs rw,") && said[3].contains("size=8192k"), "{said:?}");
+    // As much as the VM has, where the host would have more.
+    let kib = |line: &str| -> u64 {
+        let words: Vec<_> = line.split_whitespace().collect();
+        words[1].parse().unwrap_or_else(|e| panic!("{line}: {e}"))
+    };
+    let said_of_large = pod.done("large", "df -k /v | tail -1", with(&large, false));
+    let (has, total) = (kib(&said_of_large[0]), kib(&said[4]));
+    assert!((total..2 * total).contains(&has), "{has} KiB of {total}");
+
+    let reader = pod.start("reader", IDLE, with(&volume, true));
+    for one in pod.list(cri::ContainerFilter::default()).iter().filter(|one| one.id != reader) {
+        pod.remove_container(&one.id);
+    }
+    assert_eq!(pod.output(&reader, "cat /v/kept"), "kept");
+    let (_, _, refused) = pod.exec(&reader, "touch /v/x");
+    assert!(refused.contains("Read-only"), "{refused}");
+    share_as_one_file_system(&pod, &volume);
+    let writer = pod.start("writer", IDLE, with(&volume, false));
+    let (_, _, full) = pod.exec(&writer, "dd if=/dev/zero of=/v/much bs=64k count=200; rm /v/much");
+    assert!(full.contains("No space left"), "{full}");
+    // What a container writes there counts as its memory.
+    let greedy = pod.start("greedy", "dd if=/dev/zero of=/v/much bs=64k count=512", |config| {
+        with(&large, false)(config);
+        let resources = config.linux.mut_or_insert_default().resources.mut_or_insert_default();
+        resources.memory_limit_in_bytes = 16 << 20;
+    });
+    let killed = pod.ended(&greedy);
+    assert_eq!((killed.exit_code, killed.reason.as_str()), (137, "OOMKilled"), "{killed}");
+
+    // As kubelet does for a subPath.
+    let part = volume.ancestors().nth(3).unwrap().join("volume-subpaths/volume/part/0");
+    fs::create_dir_all(&part).unwrap();
+    fs::create_dir(volume.join("sub")).unwrap();
+    fs::set_permissions(volume.join("sub"), std::os::unix::fs::PermissionsExt::from_mode(0o751)).unwrap();
+    tool(&format!("mount --bind {} {}", volume.join("sub").display(), part.display()));
+    let in_part = pod.start("part", IDLE, with(&part, false));
+    assert_eq!(pod.output(&in_part, "ls /v; stat -c %a /v; echo in part > /v/file"), "751");
+    assert_eq!(pod.output(&reader, "cat /v/sub/file"), "in part");
+    pod.output(&writer, "rm -r /v/sub; ln -s / /v/sub; mkdir /v/mine");
+    let outside = pod.start("outside", IDLE, with(&part, false));
+    let listed = pod.output(&outside, "ls /v");
+    assert!(listed.contains("mine") && !listed.contains("proc"), "{listed}");
+    assert_eq!(pod.output(&in_part, "ls -d /v"), "/v");
+
+    let reads = pod.start("filled", IDLE, with(&filled, false));
+    assert_eq!(pod.output(&reads, "cat /v/file; echo back > /v/back"), "from the host");
+    assert_eq!(fs::read_to_string(filled.join("back")).unwrap(), "back\n");
+
+    let names = |of: &Path| fs::read_dir(of).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    assert_eq!((names(&volume), names(&large)), (vec![volume.join("sub")], Vec::new()));
+    assert_eq!(names(&volume.join("sub")), Vec::<std::path::PathBuf>::new());
+    pod.remove();
+    for mounted in [part, volume, filled, large] {
+        tool(&format!("umount {}", mounted.display()));
+    }
 }
 
 fn volumes_of_kubelet_are_what_they_are_under_other_runtimes() {

@@ -77,18 +77,23 @@ pub struct ShownMount {
     pub is_proc: bool,
 }
 
-/// Where a bind mount is in the share.
+/// Where a bind mount leads to in the guest.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Placed {
-    /// Below the share directory.
-    pub target: PathBuf,
-    /// What is to be bound there, unless it is there already.
-    pub bind: Option<Bind>,
+pub enum Placed {
+    /// To the host's file or directory.
+    Shared {
+        /// Below the share directory.
+        target: PathBuf,
+        /// What is to be bound there, unless it is there already.
+        bind: Option<Bind>,
+    },
+    /// To a directory that only the guest has, at this path.
+    InGuest(PathBuf),
 }
 
 /// Takes a bundle apart for the container `id`, which must have passed the check of ids.
 pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
-    adapt_with(bundle, id, |bind| Placed { target: bind.target.clone(), bind: Some(bind) })
+    adapt_with(bundle, id, |bind| Placed::Shared { target: bind.target.clone(), bind: Some(bind) })
 }
 
 /// The same, with each bind mount where `place` says; it is given what would be made at a place of the container's own.
@@ -133,7 +138,7 @@ pub fn adapt_with(
         }
         let source = bundle.path.join(mount.source().as_deref().unwrap_or(Path::new("")));
         shown.is_dir = source.is_dir();
-        let Placed { target, bind } = place(Bind {
+        let placed = place(Bind {
             source,
             target: base.join("mounts").join(number.to_string()),
             recursive: is_recursive(mount),
@@ -141,6 +146,14 @@ pub fn adapt_with(
             follows: follows(mount).unwrap_or(root_follows),
         });
         number += 1;
+        let (source, bind) = match placed {
+            Placed::Shared { target, bind } => {
+                let source = in_guest(&target);
+                shown.target = Some(target);
+                (source, bind)
+            }
+            Placed::InGuest(path) => (path, None),
+        };
         // In the guest it is one mount with all that is below, where `ro` says nothing of that. One that the host has
         // not bound for this container alone may be writable there.
         if bind.as_ref().is_some_and(|bind| {
@@ -153,9 +166,8 @@ pub fn adapt_with(
             });
         }
         binds.extend(bind);
-        shown.target = Some(target.clone());
         mounts.push(shown);
-        mount.set_source(Some(in_guest(&target)));
+        mount.set_source(Some(source));
         // Where the container mounts nothing, there is nothing to share but what the host mounts.
         for option in mount.options_mut().iter_mut().flatten() {
             match option.as_str() {
@@ -251,7 +263,7 @@ fn has_mounts_below(source: &Path) -> bool {
     })
 }
 
-fn unescape(field: &str) -> PathBuf {
+pub(crate) fn unescape(field: &str) -> PathBuf {
     let mut bytes = Vec::new();
     let mut rest = field.as_bytes();
     while let [first, tail @ ..] = rest {

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, ExecRequest, ForgetRequest,
-    HandshakeRequest, HandshakeResponse, Process, ProcessRequest, ResizeRequest, SetNetworkRequest,
-    SetPodRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
-    WaitResponse, event,
+    HandshakeRequest, HandshakeResponse, MakeVolumeRequest, Process, ProcessRequest, ResizeRequest,
+    SetNetworkRequest, SetPodRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse,
+    Stdio, UpdateRequest, WaitResponse, event,
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
@@ -121,6 +121,11 @@ impl Agent {
     /// Prepares what the containers of a pod share.
     pub async fn set_pod(&self, request: &SetPodRequest) -> Result<(), Error> {
         call(self.0.set_pod(context(), request)).await.map(drop)
+    }
+
+    /// Makes a volume in the guest's memory, unless it is there already.
+    pub async fn make_volume(&self, request: &MakeVolumeRequest) -> Result<(), Error> {
+        call(self.0.make_volume(context(), request)).await.map(drop)
     }
 
     /// Creates a container.

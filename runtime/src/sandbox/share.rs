@@ -301,7 +301,7 @@ pub(super) fn make_inside(root: BorrowedFd, path: &Path, is_dir: bool) -> nix::R
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     #[test]
@@ -332,7 +332,7 @@ pub(super) mod tests {
     }
 
     /// Runs a closure in a child, because a mount namespace is for life. Skips where that is not allowed.
-    pub(in crate::sandbox) fn in_namespace(test: impl FnOnce()) {
+    pub(crate) fn in_namespace(test: impl FnOnce()) {
         // SAFETY: the child calls nothing that needs another thread of the test harness, and ends with _exit.
         match unsafe { nix::unistd::fork() }.unwrap() {
             nix::unistd::ForkResult::Child => {

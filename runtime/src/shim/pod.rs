@@ -87,7 +87,11 @@ impl Pod {
     pub fn receive(self: &Rc<Self>, booted: Result<Booted, sandbox::Error>) {
         match booted {
             Ok(machine) => {
-                self.volumes.replace(Volumes::of(&machine.state.borrow().annotations));
+                let volumes = {
+                    let state = machine.state.borrow();
+                    Volumes::of(&state.annotations, state.vm.memory)
+                };
+                self.volumes.replace(volumes);
                 // Nobody gives it a second one: that is checked where it could be asked for.
                 let _ = self.machine.set(machine);
                 tokio::task::spawn_local(self.clone().attend());

@@ -14,7 +14,7 @@ use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::topics;
 use oci_spec::runtime::{Hook, Hooks, Process as ProcessSpec};
 use stockade_agent_protocol::check_id;
-use stockade_agent_protocol::messages::StatsResponse;
+use stockade_agent_protocol::messages::{MakeVolumeRequest, StatsResponse};
 
 use super::error::Error;
 use super::events::timestamp;
@@ -124,9 +124,15 @@ impl Pod {
         init: Rc<Process>,
     ) -> Result<Rc<Container>, Error> {
         let vm = self.ready().await?;
-        let (bundle, adapted, here_for_it) = self.load(vm, id, path, theirs)?;
+        let mut in_memory = Vec::new();
+        let (bundle, adapted, here_for_it) = self.load(vm, id, path, theirs, &mut in_memory)?;
         vm.share(&bundle, &adapted.binds)?;
         drop(here_for_it);
+        for volume in &in_memory {
+            if let Err(e) = vm.agent.make_volume(volume).await {
+                return Err(self.explain("make a volume in memory", e).await);
+            }
+        }
         vm.add_oom_score(&bundle.spec);
         let owner = Owner { namespace: &self.plan.namespace, container: id };
         let (mut host, held) = stdio::open(&init.paths, owner)?;
@@ -149,13 +155,15 @@ impl Pod {
         Ok(container)
     }
 
-    /// What a container is, in the guest too, and what of the host is here only for it: until that is shared.
+    /// What a container is, in the guest too, and what of the host is here only for it: until that is shared. Volumes
+    /// that the guest has to make first are added to `in_memory`.
     fn load(
         &self,
         vm: &Sandbox,
         id: &str,
         path: &Path,
         theirs: bool,
+        in_memory: &mut Vec<MakeVolumeRequest>,
     ) -> Result<(Bundle, Adapted, Adopted), Error> {
         let Some(shared) = self.shared() else {
             let bundle = Bundle::load(path)?;
@@ -168,7 +176,7 @@ impl Pod {
         let adopted = adopted?;
         let bundle = bundle?;
         let mut volumes = self.volumes.borrow_mut();
-        let adapted = guest::adapt_with(&bundle, id, |bind| volumes.place(bind, id))?;
+        let adapted = guest::adapt_with(&bundle, id, |bind| volumes.place(bind, id, in_memory))?;
         Ok((bundle, adapted, adopted))
     }
 

@@ -3,14 +3,20 @@
 //! The guest takes two bind mounts of one directory for two file systems: what one container maps or binds a socket
 //! to, another would not find there. So containers that mount the same directory in the same way get the same one.
 //! A volume that some mount read-only and others do not is two, unless it is the pod's own: what the pod may not
-//! write to is read-only on the host, where the guest cannot change that.
+//! write to is read-only on the host, where the guest cannot change that. One in memory is not in the share at all:
+//! see [`memory`].
+
+mod memory;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use stockade_agent_protocol::messages::MakeVolumeRequest;
+
 use crate::bundle::guest::{Bind, Placed, ReadOnly};
+use memory::InMemory;
 
 /// Where they are in the share. No container's id has the character.
 const DIRECTORY: &str = "=volumes";
@@ -26,6 +32,7 @@ const UID_LABEL: &str = "io.kubernetes.pod.uid";
 pub struct Volumes {
     /// Part of the paths of directories that kubelet makes for this pod and removes with it, if the pod is known.
     empty_dirs: Option<String>,
+    in_memory: Option<InMemory>,
     made: usize,
     all: Vec<Volume>,
 }
@@ -40,20 +47,26 @@ struct Volume {
 }
 
 impl Volumes {
-    /// None yet, of the pod that a sandbox with these annotations is.
-    pub fn of(annotations: &BTreeMap<String, String>) -> Self {
+    /// None yet, of the pod that a sandbox with these annotations is; its VM has so many bytes of memory.
+    pub fn of(annotations: &BTreeMap<String, String>, memory: u64) -> Self {
         let label = || {
             let labels: BTreeMap<String, String> =
                 serde_json::from_str(annotations.get(CRI_O_LABELS)?).ok()?;
             labels.get(UID_LABEL).cloned()
         };
         let uid = annotations.get(CRI_UID).cloned().or_else(label).filter(|uid| !uid.is_empty());
-        let empty_dirs = uid.map(|uid| format!("/pods/{uid}/volumes/kubernetes.io~empty-dir/"));
-        Self { empty_dirs, ..Self::default() }
+        let empty_dirs = uid.as_ref().map(|uid| format!("/pods/{uid}/volumes/kubernetes.io~empty-dir/"));
+        let in_memory = uid.as_ref().map(|uid| InMemory::of(uid, memory));
+        Self { empty_dirs, in_memory, ..Self::default() }
     }
 
-    /// Finds the place of what a container mounts.
-    pub fn place(&mut self, bind: Bind, container: &str) -> Placed {
+    /// Finds the place of what a container mounts. What the guest is to make for that is added to `wanted`.
+    pub fn place(&mut self, bind: Bind, container: &str, wanted: &mut Vec<MakeVolumeRequest>) -> Placed {
+        let in_memory = self.in_memory.as_mut().and_then(|all| all.place(&bind.source, container));
+        if let Some((path, request)) = in_memory {
+            wanted.push(request);
+            return Placed::InGuest(path);
+        }
         let file = fs::metadata(&bind.source).ok().map(|found| (found.dev(), found.ino()));
         let source = bind.source.to_string_lossy();
         let is_pods_own = self.empty_dirs.as_ref().is_some_and(|dirs| source.contains(dirs));
@@ -65,13 +78,13 @@ impl Volumes {
         };
         if let Some(known) = self.all.iter_mut().find(same) {
             known.users.insert(container.into());
-            return Placed { target: known.bind.target.clone(), bind: None };
+            return Placed::Shared { target: known.bind.target.clone(), bind: None };
         }
         let target = Path::new(DIRECTORY).join(self.made.to_string());
         self.made += 1;
         let bind = Bind { target: target.clone(), ..bind };
         self.all.push(Volume { bind: bind.clone(), file, users: [container.into()].into() });
-        Placed { target, bind: Some(bind) }
+        Placed::Shared { target, bind: Some(bind) }
     }
 
     /// A container is gone. Returns where in the share there is what nobody mounts any more.
@@ -96,22 +109,26 @@ mod tests {
         Bind { source: source.into(), target: "c/mounts/0".into(), recursive: true, readonly, follows: false }
     }
 
+    fn place(volumes: &mut Volumes, bind: Bind, container: &str) -> (PathBuf, Option<Bind>) {
+        match volumes.place(bind, container, &mut Vec::new()) {
+            Placed::Shared { target, bind } => (target, bind),
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn containers_share_a_volume_until_the_last_of_them_is_gone() {
         let dir = tempfile::tempdir().unwrap();
         let mut volumes = Volumes::default();
-        let first = volumes.place(bind(dir.path(), ReadOnly::No), "a");
-        let made = first.bind.unwrap();
-        assert_eq!((&made.target, made.source.as_path()), (&first.target, dir.path()));
-        assert_eq!(
-            volumes.place(bind(dir.path(), ReadOnly::No), "b"),
-            Placed { target: first.target.clone(), bind: None }
-        );
-        let readonly = volumes.place(bind(dir.path(), ReadOnly::Top), "b");
-        assert!(readonly.bind.is_some_and(|bind| bind.readonly == ReadOnly::Top));
+        let (first, made) = place(&mut volumes, bind(dir.path(), ReadOnly::No), "a");
+        let made = made.unwrap();
+        assert_eq!((&made.target, made.source.as_path()), (&first, dir.path()));
+        assert_eq!(place(&mut volumes, bind(dir.path(), ReadOnly::No), "b"), (first.clone(), None));
+        let (readonly, made) = place(&mut volumes, bind(dir.path(), ReadOnly::Top), "b");
+        assert!(made.is_some_and(|bind| bind.readonly == ReadOnly::Top));
         assert!(volumes.leave("a").is_empty());
-        assert_eq!(volumes.leave("b"), [first.target.clone(), readonly.target]);
-        assert_ne!(volumes.place(bind(dir.path(), ReadOnly::No), "c").target, first.target);
+        assert_eq!(volumes.leave("b"), [first.clone(), readonly]);
+        assert_ne!(place(&mut volumes, bind(dir.path(), ReadOnly::No), "c").0, first);
     }
 
     #[test]
@@ -120,10 +137,10 @@ mod tests {
         let path = dir.path().join("hosts");
         fs::write(&path, "1").unwrap();
         let mut volumes = Volumes::default();
-        let first = volumes.place(bind(&path, ReadOnly::No), "a");
+        let (first, _) = place(&mut volumes, bind(&path, ReadOnly::No), "a");
         fs::write(dir.path().join("new"), "2").unwrap();
         fs::rename(dir.path().join("new"), &path).unwrap();
-        assert_ne!(volumes.place(bind(&path, ReadOnly::No), "b").target, first.target);
+        assert_ne!(place(&mut volumes, bind(&path, ReadOnly::No), "b").0, first);
     }
 
     #[test]
@@ -137,21 +154,22 @@ mod tests {
         for (key, value) in
             [(CRI_UID, "the-pod"), (CRI_O_LABELS, r#"{"io.kubernetes.pod.uid":"the-pod","a":"b"}"#)]
         {
-            let mut volumes = Volumes::of(&[(key.into(), value.into())].into());
-            let reader = volumes.place(bind(&path("the-pod"), ReadOnly::All), "a");
-            assert_eq!(reader.bind.unwrap().readonly, ReadOnly::No);
-            assert_eq!(volumes.place(bind(&path("the-pod"), ReadOnly::No), "b").target, reader.target);
+            let mut volumes = Volumes::of(&[(key.into(), value.into())].into(), 1 << 28);
+            let (reader, made) = place(&mut volumes, bind(&path("the-pod"), ReadOnly::All), "a");
+            assert_eq!(made.unwrap().readonly, ReadOnly::No);
+            assert_eq!(place(&mut volumes, bind(&path("the-pod"), ReadOnly::No), "b").0, reader);
             // Another's is what this one has been given of it.
-            let others = volumes.place(bind(&path("another"), ReadOnly::All), "a");
-            assert_eq!(others.bind.unwrap().readonly, ReadOnly::All);
+            let (_, others) = place(&mut volumes, bind(&path("another"), ReadOnly::All), "a");
+            assert_eq!(others.unwrap().readonly, ReadOnly::All);
         }
         for unknown in [
             BTreeMap::new(),
             [(CRI_UID.into(), String::new())].into(),
             [(CRI_O_LABELS.into(), "no".into())].into(),
         ] {
-            let reader = Volumes::of(&unknown).place(bind(&path("the-pod"), ReadOnly::All), "a");
-            assert_eq!(reader.bind.unwrap().readonly, ReadOnly::All);
+            let mut volumes = Volumes::of(&unknown, 1 << 28);
+            let (_, reader) = place(&mut volumes, bind(&path("the-pod"), ReadOnly::All), "a");
+            assert_eq!(reader.unwrap().readonly, ReadOnly::All);
         }
     }
 }
