@@ -27,6 +27,8 @@ pub struct Options {
     /// `stockade.loopback`: also serve callers inside the guest. For tests without a host; with it every container
     /// can command the agent.
     pub loopback: bool,
+    /// `stockade.enter`: the host may have programs of its own run here, outside of the containers.
+    pub enter: bool,
 }
 
 impl Options {
@@ -37,12 +39,14 @@ impl Options {
     }
 
     fn parse(line: &str) -> Self {
-        let mut options = Options { log_level: LevelFilter::WARN, loopback: false };
+        let mut options = Options { log_level: LevelFilter::WARN, loopback: false, enter: false };
         for word in line.split_ascii_whitespace() {
             if let Some(level) = word.strip_prefix("stockade.log=") {
                 options.log_level = level.parse().unwrap_or(LevelFilter::WARN);
             } else if word == "stockade.loopback" {
                 options.loopback = true;
+            } else if word == "stockade.enter" {
+                options.enter = true;
             }
         }
         options
@@ -115,7 +119,8 @@ fn hurry_grace_periods() -> Result<(), Error> {
     fs::write("/sys/kernel/rcu_expedited", "1").map_err(|e| Error::os("writing /sys/kernel/rcu_expedited", e))
 }
 
-fn mount_new(kind: &str, at: &str, flags: MsFlags, data: &str) -> Result<(), Error> {
+/// Mounts a file system of the kernel's.
+pub fn mount_new(kind: &str, at: &str, flags: MsFlags, data: &str) -> Result<(), Error> {
     make_dir(at)?;
     mount(Some(kind), at, Some(kind), flags, Some(data))
         .map_err(|e| Error::os(format!("mounting {kind} on {at}"), e))
@@ -227,9 +232,9 @@ mod tests {
     #[test]
     fn the_command_line_is_read_for_our_words_only() {
         let quiet = Options::parse("quiet reboot=t nomodule panic=-1\n");
-        assert_eq!((quiet.log_level, quiet.loopback), (LevelFilter::WARN, false));
-        let loud = Options::parse("stockade.log=debug stockade.loopback root=/dev/vda");
-        assert_eq!((loud.log_level, loud.loopback), (LevelFilter::DEBUG, true));
+        assert_eq!((quiet.log_level, quiet.loopback, quiet.enter), (LevelFilter::WARN, false, false));
+        let loud = Options::parse("stockade.log=debug stockade.loopback stockade.enter root=/dev/vda");
+        assert_eq!((loud.log_level, loud.loopback, loud.enter), (LevelFilter::DEBUG, true, true));
         assert_eq!(Options::parse("stockade.log=loudest").log_level, LevelFilter::WARN);
     }
 }

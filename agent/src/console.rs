@@ -2,12 +2,14 @@
 //! unix socket that it wants to know by path.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::cmsg_space;
+use nix::fcntl::OFlag;
+use nix::pty::{posix_openpt, unlockpt};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::{Uid, fchown};
 use tokio::io::Interest;
@@ -81,7 +83,17 @@ async fn receive_descriptor(stream: &UnixStream) -> io::Result<OwnedFd> {
     }
 }
 
-fn give_to(master: &OwnedFd, uid: u32) -> io::Result<()> {
+/// A terminal of the guest's own: the master side and the other.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)?;
+    unlockpt(&master)?;
+    // SAFETY: what this descriptor belonged to no longer does.
+    let master = unsafe { OwnedFd::from_raw_fd(master.into_raw_fd()) };
+    let other = other_side(&master)?;
+    Ok((master, other))
+}
+
+fn other_side(master: &OwnedFd) -> io::Result<OwnedFd> {
     // SAFETY: TIOCGPTPEER takes open flags and returns a new descriptor of the other side, or -1.
     let slave = unsafe {
         libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC)
@@ -90,8 +102,11 @@ fn give_to(master: &OwnedFd, uid: u32) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel just returned this descriptor; nothing else owns it.
-    let slave = unsafe { OwnedFd::from_raw_fd(slave) };
-    Ok(fchown(&slave, Some(Uid::from_raw(uid)), None)?)
+    Ok(unsafe { OwnedFd::from_raw_fd(slave) })
+}
+
+fn give_to(master: &OwnedFd, uid: u32) -> io::Result<()> {
+    Ok(fchown(other_side(master)?, Some(Uid::from_raw(uid)), None)?)
 }
 
 /// Sets the size of a terminal's window, which tells its foreground processes.

@@ -99,6 +99,11 @@ impl Containers {
         }
     }
 
+    /// Who knows when a process has ended.
+    pub fn reaper(&self) -> &Reaper {
+        &self.reaper
+    }
+
     /// The watch of containers' memory, which begins with the first of them.
     fn memory(&self) -> Result<Arc<OomWatch>, Error> {
         let mut oom = lock(&self.oom);
@@ -489,11 +494,8 @@ impl Container {
         self.cgroup.limit(&limits)
     }
 
-    /// Sends a signal to one process, or to all.
-    pub fn signal(&self, exec_id: &str, signal: i32, all: bool) -> Result<(), Error> {
-        if !all {
-            return self.process(exec_id)?.signal(signal);
-        }
+    /// Sends a signal to all processes.
+    pub fn signal_all(&self, exec_id: &str, signal: i32) -> Result<(), Error> {
         if !exec_id.is_empty() {
             return Err(Error::Invalid("a signal goes to all processes or to one exec, not both".into()));
         }

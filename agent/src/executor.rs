@@ -237,7 +237,7 @@ fn look_again(place: &Path) {
 }
 
 /// Rust programs ignore SIGPIPE, and an ignored signal stays ignored across execve.
-fn restore_signals() {
+pub fn restore_signals() {
     // SAFETY: installs the default action, no handler of ours.
     let _ = unsafe { nix::sys::signal::signal(Signal::SIGPIPE, SigHandler::SigDfl) };
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);

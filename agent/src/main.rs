@@ -14,6 +14,7 @@ mod cgroup;
 mod console;
 mod container;
 mod descriptor;
+mod enter;
 mod error;
 mod events;
 mod executor;
@@ -84,7 +85,7 @@ fn run(started_ns: u64) -> Result<(), Error> {
         let reaper = reaper::Reaper::start()?;
         let containers = container::Containers::new(reaper);
         tokio::spawn(stdio::serve(stdio, containers.rendezvous.clone()));
-        let agent = Arc::new(service::Service::new(containers, options.loopback, started_ns, listening_ns));
+        let agent = Arc::new(service::Service::new(containers, &options, started_ns, listening_ns));
         let mut server = ttrpc::r#async::Server::new()
             .add_listener(ttrpc::r#async::transport::Listener::new(rpc))
             .register_service(create_agent(agent));

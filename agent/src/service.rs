@@ -10,17 +10,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use stockade_agent_protocol::messages::{
-    ContainerRequest, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty, Event,
-    ExecRequest, ExecResponse, ForgetRequest, HandshakeRequest, HandshakeResponse, MakeVolumeRequest,
-    PidsResponse, ProcessRequest, ResizeRequest, SetNetworkRequest, SetPodRequest, SetupSandboxRequest,
-    SetupSandboxResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+    ContainerRequest, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty,
+    EnterRequest, Event, ExecRequest, ExecResponse, ForgetRequest, HandshakeRequest, HandshakeResponse,
+    MakeVolumeRequest, PidsResponse, ProcessRequest, ResizeRequest, SetNetworkRequest, SetPodRequest,
+    SetupSandboxRequest, SetupSandboxResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest,
+    WaitResponse,
 };
 use stockade_agent_protocol::service::Agent;
-use stockade_agent_protocol::{FORWARD_PORT, PROTOCOL_VERSION};
+use stockade_agent_protocol::{FORWARD_PORT, GUEST, PROTOCOL_VERSION};
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
+use crate::boot::Options;
 use crate::container::Containers;
+use crate::enter::Entered;
 use crate::error::Error;
+use crate::supervise::Process;
 use crate::vsock::Listener;
 use crate::{boot, console, forward, network, pod, processes, sandbox, volumes};
 
@@ -32,6 +36,7 @@ const LAST_ANSWER: Duration = Duration::from_millis(20);
 /// The agent as the host sees it.
 pub struct Service {
     containers: Arc<Containers>,
+    entered: Arc<Entered>,
     greeted: AtomicBool,
     set_up: AtomicBool,
     /// Whether callers inside the guest are served.
@@ -42,12 +47,13 @@ pub struct Service {
 
 impl Service {
     /// A service that has not been greeted.
-    pub fn new(containers: Arc<Containers>, loopback: bool, started_ns: u64, listening_ns: u64) -> Self {
+    pub fn new(containers: Arc<Containers>, options: &Options, started_ns: u64, listening_ns: u64) -> Self {
         Self {
+            entered: Entered::new(options.enter, containers.clone()),
             containers,
             greeted: AtomicBool::new(false),
             set_up: AtomicBool::new(false),
-            loopback,
+            loopback: options.loopback,
             started_ns,
             listening_ns,
         }
@@ -58,6 +64,15 @@ impl Service {
             return Err(Error::Precondition("the first call must be Handshake".into()));
         }
         Ok(&self.containers)
+    }
+
+    /// A process of a container, or of the guest itself.
+    fn process(&self, container_id: &str, exec_id: &str) -> Result<Arc<Process>, Error> {
+        let containers = self.containers()?;
+        match container_id {
+            GUEST => self.entered.process(exec_id),
+            id => containers.get(id)?.process(exec_id),
+        }
     }
 
     /// Runs a call to its end, whatever becomes of the connection.
@@ -210,18 +225,32 @@ impl Agent for Service {
         Ok(ExecResponse { pid: pid.as_raw() as u32, ..Default::default() })
     }
 
+    async fn enter(&self, _: &TtrpcContext, request: EnterRequest) -> ttrpc::Result<ExecResponse> {
+        let entered = self.entered.clone();
+        let pid = self.to_the_end(|_| async move { entered.enter(request).await }).await?;
+        Ok(ExecResponse { pid: pid.as_raw() as u32, ..Default::default() })
+    }
+
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
-        let container = self.containers()?.get(&request.container_id)?;
         if request.signal > SIGNAL_MAX {
             return Err(Error::Invalid(format!("there is no signal {}", request.signal)).into());
         }
-        container.signal(&request.exec_id, request.signal as i32, request.all)?;
+        let signal = request.signal as i32;
+        if request.all {
+            let container = self.containers()?.get(&request.container_id)?;
+            container.signal_all(&request.exec_id, signal)?;
+        } else {
+            self.process(&request.container_id, &request.exec_id)?.signal(signal)?;
+        }
         Ok(Empty::default())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
-        let process = self.containers()?.get(&request.container_id)?.process(&request.exec_id)?;
+        let process = self.process(&request.container_id, &request.exec_id)?;
         let ended = process.ended().await?;
+        if request.container_id == GUEST {
+            self.entered.forget(&request.exec_id);
+        }
         Ok(WaitResponse {
             exit_code: ended.exit.code,
             signal: ended.exit.signal,
@@ -231,7 +260,7 @@ impl Agent for Service {
     }
 
     async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> ttrpc::Result<Empty> {
-        let process = self.containers()?.get(&request.container_id)?.process(&request.exec_id)?;
+        let process = self.process(&request.container_id, &request.exec_id)?;
         let terminal = process
             .terminal
             .as_ref()

@@ -94,7 +94,8 @@ fn walk(root: std::os::fd::BorrowedFd, path: &[VolumeDirectory]) -> Result<Owned
     for directory in path {
         let name = Path::new(OsStr::from_bytes(&directory.name));
         let mut parts = name.components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(only)), None) if only == name) {
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(only)), None) if only == name.as_os_str())
+        {
             return Err(Error::Invalid(format!("{name:?} is no name of a directory")));
         }
         let parent = openat2(root, &so_far, how(OFlag::O_DIRECTORY)).map_err(failed)?;
@@ -181,9 +182,15 @@ mod tests {
             found(&root, &[directory("up", 0o755), directory("new", 0o755)]).unwrap(),
             root.join("outside/new")
         );
-        for path in
-            [["absolute", "x"], ["dangling", "x"], ["..", "outside"], ["a/b", "c"], [".", "c"], ["", "c"]]
-        {
+        for path in [
+            ["absolute", "x"],
+            ["dangling", "x"],
+            ["..", "outside"],
+            ["a/b", "c"],
+            [".", "c"],
+            ["", "c"],
+            ["a/", "c"],
+        ] {
             let error = found(&root, &path.map(|name| directory(name, 0o755))).unwrap_err();
             assert!(!error.to_string().is_empty(), "{path:?}");
         }

@@ -20,6 +20,9 @@ pub const ENV_VCPUS: &str = "STOCKADE_VCPUS";
 /// Guest memory, as in the file.
 pub const ENV_MEMORY: &str = "STOCKADE_MEMORY";
 
+/// Whether VMs may be entered, as in the file.
+pub const ENV_ENTER: &str = "STOCKADE_ENTER";
+
 /// A value and where it was found, for errors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sourced<T> {
@@ -38,6 +41,8 @@ pub struct Settings {
     pub environment: SizeSettings,
     /// Defaults of the VM's size by the file: for what the bundle does not say.
     pub file: SizeSettings,
+    /// Whether who runs this host may enter the guest of a VM that is started now.
+    pub enter: bool,
 }
 
 /// vCPUs and memory as somebody wrote them; ranges are checked when the VM is sized.
@@ -58,6 +63,9 @@ pub enum Error {
     /// the file is not what it should be
     #[error("{path} is not understood: {reason}")]
     Parse { path: PathBuf, reason: String },
+    /// a variable has a value that it cannot have
+    #[error("{0} is {1:?}: it can be 1 or 0")]
+    Switch(&'static str, String),
 }
 
 #[derive(Deserialize, Default)]
@@ -73,6 +81,8 @@ struct File {
 struct Vm {
     vcpus: Option<i64>,
     memory: Option<Memory>,
+    #[serde(default)]
+    enter: bool,
 }
 
 #[derive(Deserialize)]
@@ -98,7 +108,14 @@ impl Settings {
         let from_file = |key: &str, value: Option<String>| {
             value.map(|value| Sourced { value, origin: format!("{key} in {}", path.display()) })
         };
+        let enter = match variable(ENV_ENTER).as_deref() {
+            None => file.vm.enter,
+            Some("1") => true,
+            Some("0") => false,
+            Some(other) => return Err(Error::Switch(ENV_ENTER, other.into())),
+        };
         Ok(Settings {
+            enter,
             guest_dir: variable(ENV_GUEST_DIR).map(PathBuf::from).or(file.guest_dir),
             environment: SizeSettings { vcpus: from_env(ENV_VCPUS), memory: from_env(ENV_MEMORY) },
             file: SizeSettings {
@@ -157,6 +174,17 @@ mod tests {
         assert_eq!(memory.value, "512M");
         assert!(memory.origin.starts_with("vm.memory in "));
         assert_eq!(load("vm.memory = 1024", &[]).unwrap().file.memory.unwrap().value, "1024");
+    }
+
+    #[test]
+    fn nobody_enters_unless_it_is_allowed() {
+        let enter = |text: &str, variables: &[(&str, &str)]| load(text, variables).map(|all| all.enter);
+        assert!(!enter("", &[]).unwrap() && !enter("[vm]\nvcpus = 2", &[]).unwrap());
+        assert!(enter("vm.enter = true", &[]).unwrap() && enter("", &[("STOCKADE_ENTER", "1")]).unwrap());
+        assert!(!enter("vm.enter = true", &[("STOCKADE_ENTER", "0")]).unwrap());
+        assert!(enter("vm.enter = 1", &[]).is_err());
+        let error = enter("", &[("STOCKADE_ENTER", "perhaps")]).unwrap_err().to_string();
+        assert!(error.contains("STOCKADE_ENTER") && error.contains("perhaps"), "{error}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ const GUEST: &str = "the guest";
 
 pub const CASES: &[Case] = &[
     case!(console_flood_is_bounded_and_forges_nothing).stockade_only(GUEST),
+    case!(only_the_host_reaches_the_agent).stockade_only(GUEST),
     case!(thousands_of_vsock_connects_are_refused_and_cost_nothing).stockade_only(GUEST),
     case!(drivers_taken_from_their_devices_and_given_back_during_traffic).stockade_only(GUEST),
     case!(directories_that_hold_the_shared_files_are_the_supervisors).stockade_only(GUEST),
@@ -110,6 +111,32 @@ fn console_flood_is_bounded_and_forges_nothing() {
     for line in text.lines() {
         assert!(line.starts_with("time=\""), "a line that is no record: {line}");
     }
+}
+
+fn only_the_host_reaches_the_agent() {
+    // In a sandbox that the host may enter, with every capability: by each address that the guest could have, at each
+    // port that the agent has.
+    let script = r#"
+        $SIG{PIPE} = "IGNORE";
+        for my $cid (0 .. 16, 4294967295) {
+            for my $port (1024, 1025, 1026) {
+                socket(my $s, 40, 1, 0) or die "socket: $!";
+                connect($s, pack("SSLLx4", 40, 0, $port, $cid)) or next;
+                print "connected
+";
+                syswrite $s, "stdin =guest enter-0
+" x 4096;
+                sysread($s, my $answer, 1) and die "an answer from $cid at $port";
+            }
+        }
+        $| = 1; print "nobody
+"; sleep 100000"#;
+    let bundle = privileged(Bundle::perl(script)).push("/linux/namespaces", json!({ "type": "pid" }));
+    let attacker = Runtime::under_test().env("STOCKADE_ENTER", "1").start(&bundle, Stdin::Null);
+    while attacker.program.line() != "nobody" {}
+    let enter = Runtime::under_test().call(&["enter", attacker.id.as_str(), "id", "-u"]);
+    assert_eq!(enter.ok(), "0\n");
+    works(&attacker);
 }
 
 fn thousands_of_vsock_connects_are_refused_and_cost_nothing() {

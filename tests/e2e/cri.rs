@@ -14,8 +14,8 @@ use stockade_tests::cri::messages as cri;
 use stockade_tests::cri::stream::{RESIZE, RESULT, STDERR, STDIN, STDOUT, Stream};
 
 use crate::harness::{
-    BY_SANDBOX_API, Case, HANDLER, Pod, Pods, Rootfs, Traces, case, container, files_in_no_mount, mount,
-    runtime_of, security, state_of, tool, wait_gone,
+    BY_SANDBOX_API, Case, HANDLER, Pod, Pods, Rootfs, Runtime, Traces, case, container, files_in_no_mount,
+    mount, runtime_of, security, state_of, tool, wait_gone,
 };
 
 const SHIM: &str = "the shim";
@@ -31,6 +31,7 @@ pub const CASES: &[Case] = &[
     case!(an_empty_directory_in_memory_is_the_guests_memory).stockade_only(SHIM).exclusive(),
     case!(volumes_of_kubelet_are_what_they_are_under_other_runtimes).stockade_only(SHIM).exclusive(),
     case!(settings_of_a_pod_hold_in_its_containers).stockade_only(SHIM).exclusive(),
+    case!(a_pod_is_entered_only_where_its_node_allows_it).stockade_only(SHIM).exclusive(),
     case!(what_is_the_hosts_is_refused_in_words_that_say_what_to_do).stockade_only(SHIM).exclusive(),
     case!(pods_outlive_a_killed_containerd_and_a_killed_shim_is_no_success).stockade_only(SHIM).exclusive(),
     case!(the_sandbox_api_makes_pods_without_a_pause_container)
@@ -564,6 +565,35 @@ fn settings_of_a_pod_hold_in_its_containers() {
     assert!(!processes.contains("sleep 1000"), "{processes}");
     pod.stop_container(&second, 30);
     assert_eq!(pod.ended(&second).exit_code, 5);
+}
+
+fn a_pod_is_entered_only_where_its_node_allows_it() {
+    let enter =
+        |pod: &Pod, words: &[&str]| Runtime::under_test().call(&[&["enter", &pod.id], words].concat());
+    let annotate = |config: &mut cri::PodSandboxConfig| {
+        config.annotations.insert("io.stockade.enter".into(), "1".into());
+    };
+    let closed = Pods::start();
+    let reason = enter(&closed.run("closed", annotate), &["ps"]).code(255).refused();
+    assert!(reason.contains("enter = true"), "{reason}");
+    drop(closed);
+
+    let pods = Pods::configured_with("", &[("STOCKADE_ENTER", "1")]);
+    let pod = pods.run("open", |_| ());
+    // Without any container, too.
+    assert!(enter(&pod, &["ps"]).ok().contains("/init"));
+    let id = pod.start("main", IDLE, |_| ());
+    pod.wait_for_line("main", "up");
+    let processes = enter(&pod, &["ps"]).ok();
+    assert!(processes.contains("sh -c trap"), "{processes}");
+    enter(&pod, &["sh", "-c", "exit 9"]).code(9);
+    // Everything else is containerd's.
+    let root = ["--root", "/run/containerd/stockade/k8s.io"];
+    let reason = Runtime::under_test().global(&root).call(&["pause", &pod.id]).refused();
+    assert!(reason.contains("containerd"), "{reason}");
+    assert_eq!(pod.output(&id, "echo still"), "still");
+    pod.remove();
+    assert_eq!(pods.state_of_shims(), [""; 0]);
 }
 
 fn what_is_the_hosts_is_refused_in_words_that_say_what_to_do() {

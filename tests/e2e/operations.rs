@@ -2,7 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Bundle, Case, Container, HANG, Program, Runtime, Stdin, case, tool, vmm_of};
+use crate::harness::{
+    Bundle, Case, Container, Exit, HANG, Program, Pty, Runtime, Stdin, case, tool, vmm_of, wait_gone,
+};
 
 const OURS: &str = "a command of stockade's own";
 
@@ -11,6 +13,8 @@ pub const CASES: &[Case] = &[
     case!(logs_have_what_the_guest_has_said).stockade_only(OURS),
     case!(metrics_have_what_prometheus_reads).stockade_only(OURS),
     case!(trace_shows_a_start_from_the_process_to_the_workload).stockade_only(OURS),
+    case!(nobody_enters_a_sandbox_for_which_the_host_has_not_allowed_it).stockade_only(OURS),
+    case!(who_enters_is_outside_of_the_containers_with_programs_of_the_host).stockade_only(OURS),
 ];
 
 fn call(container: &Container, words: &[&str]) -> String {
@@ -115,4 +119,91 @@ fn metrics_have_what_prometheus_reads() {
     container.finish();
     let after = scrape();
     assert!(sample(&after, failed) > sample(&during, failed), "{after}");
+}
+
+/// Has sandboxes started that may be entered.
+fn allowing() -> Runtime {
+    Runtime::under_test().env("STOCKADE_ENTER", "1")
+}
+
+fn nobody_enters_a_sandbox_for_which_the_host_has_not_allowed_it() {
+    // What comes with a container is not the host's word.
+    let annotations = json!({ "io.stockade.enter": "1", "io.stockade.vm.enter": "true" });
+    let bundle = Bundle::idle().set("/annotations", annotations).push("/process/env", "STOCKADE_ENTER=1");
+    let container = Runtime::under_test().start(&bundle, Stdin::Null);
+    container.program.expect_line("ready");
+    let id = container.id.as_str();
+    // Nor does it help to say so later.
+    for runtime in [Runtime::under_test(), allowing()] {
+        let reason = runtime.call(&["enter", id, "ps"]).code(255).refused();
+        assert!(reason.contains("enter = true") && reason.contains("STOCKADE_ENTER=1"), "{reason}");
+    }
+    let words = container.exec("cat /proc/cmdline").ok();
+    assert!(words.contains("loglevel") && !words.contains("enter"), "{words}");
+    let reason = allowing().call(&["enter", "none-of-this-name"]).code(255).refused();
+    assert!(reason.contains("none-of-this-name"), "{reason}");
+    let wrong = Runtime::under_test().env("STOCKADE_ENTER", "perhaps");
+    let reason = wrong.run(&Bundle::idle()).refused();
+    assert!(reason.contains("STOCKADE_ENTER") && reason.contains("perhaps"), "{reason}");
+}
+
+fn who_enters_is_outside_of_the_containers_with_programs_of_the_host() {
+    let container = allowing().start(&Bundle::idle(), Stdin::Null);
+    container.program.expect_line("ready");
+    let id = container.id.as_str();
+    let enter = |words: &[&str]| Runtime::under_test().call(&[&["enter", id], words].concat());
+    let processes = enter(&["ps", "-o", "pid,comm,args"]).ok();
+    assert!(processes.contains("/init") && processes.contains("sleep 1"), "{processes}");
+    assert!(enter(&["mount"]).ok().contains("virtiofs"));
+    assert!(enter(&["dmesg"]).ok().contains("Linux version"));
+    let script = "for n in pid mnt net; do a=$(readlink /proc/1/ns/$n) b=$(readlink /proc/self/ns/$n); \
+                  [ $a = $b ] && echo same; done; grep CapEff /proc/self/status; cat /proc/self/cgroup; exit 7";
+    let ended = enter(&["sh", "-c", script]).code(7);
+    let said: Vec<_> = std::str::from_utf8(&ended.stdout).unwrap().lines().collect();
+    assert_eq!(said[..3], ["same"; 3], "{said:?}");
+    assert_eq!(u64::from_str_radix(&said[3][8..], 16).unwrap().count_ones(), 41, "{said:?}");
+    assert!(said[4].starts_with("0::/enter-"), "{said:?}");
+    let reason = enter(&["--program", "/bin/sh"]).code(255).refused();
+    assert!(reason.contains("/bin/sh") && reason.contains("busybox-static"), "{reason}");
+
+    let words = ["enter", id, "sh", "-c", "while read word; do echo got $word; done; echo error >&2"];
+    let mut program = Program::spawn(Runtime::under_test().command(words), Stdin::Pipe);
+    program.write("one\n");
+    program.expect_line("got one");
+    program.close_stdin();
+    let ended = program.finish();
+    assert_eq!((ended.exit, ended.stderr.as_str()), (Exit::Code(0), "error\n"), "{ended:?}");
+
+    // A shell, where there is a terminal.
+    let (terminal, slave) = Pty::open(19, 71);
+    let mut command = Runtime::under_test().command(["enter", id]);
+    command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
+    let mut shell = Program::spawn_raw(command, Stdin::Null);
+    terminal.write("stty -echo; tty; stty size; echo $TERM; sleep 4711 & echo $!; wait\n");
+    while !terminal.line().contains("/dev/pts/") {}
+    terminal.expect_line("19 71");
+    let runs = || enter(&["ps"]).ok().contains("sleep 4711");
+    let begin = std::time::Instant::now();
+    while !runs() {
+        assert!(begin.elapsed() < HANG, "{}", terminal.output.text());
+    }
+    // Who goes takes what he has begun along.
+    shell.signal(nix::sys::signal::Signal::SIGKILL);
+    assert_eq!(shell.exit(), Exit::Signal(9));
+    while runs() {
+        assert!(begin.elapsed() < HANG);
+    }
+
+    // The sandbox's end is the end of all in it.
+    let mut inside = Program::spawn(
+        Runtime::under_test().command(["enter", id, "sh", "-c", "echo in; sleep 100000"]),
+        Stdin::Null,
+    );
+    inside.expect_line("in");
+    let vmm = vmm_of(container.program.pid()).unwrap();
+    container.kill("KILL");
+    let ended = inside.finish();
+    assert!(ended.exit == Exit::Code(255) && ended.stderr.contains("has ended"), "{ended:?}");
+    container.finish();
+    wait_gone(vmm);
 }

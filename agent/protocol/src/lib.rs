@@ -26,7 +26,7 @@ pub use generated::agent as messages;
 pub use generated::agent_ttrpc as service;
 
 /// Version of the contract. The host brings its own guest image, so both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 /// Guest port of the ttrpc service.
 pub const RPC_PORT: u32 = 1024;
 /// Guest port of stdio streams.
@@ -43,6 +43,8 @@ pub const POD_SHM: &str = "/run/stockade/pod/shm";
 pub const POD_VOLUMES: &str = "/run/stockade/pod/volumes";
 /// Parts of them, by the ids of the containers that they are for and their numbers.
 pub const POD_PARTS: &str = "/run/stockade/pod/parts";
+/// In place of a container's id: the guest itself, for processes that are in none. No container's id has the character.
+pub const GUEST: &str = "=guest";
 /// Guest port of connections that the host forwards to a TCP port of the pod. The host writes the port's number and a
 /// line feed first; the agent answers [`DIALLED`], or closes the connection if nobody listens there.
 pub const FORWARD_PORT: u32 = 1026;

@@ -2,10 +2,12 @@
 //!
 //! Each stream of a process is a vsock connection of its own to [`STDIO_PORT`](crate::STDIO_PORT). The host opens
 //! it and writes one line first: `stdin|stdout|stderr SP container-id SP exec-id LF`, where the exec id of a
-//! container's init is `-` (so no exec can be called `-`). After the line come raw bytes, in one
+//! container's init is `-` (so no exec can be called `-`), and the container id [`GUEST`](crate::GUEST) stands for no
+//! container. After the line come raw bytes, in one
 //! direction only; the sender half-closes the connection at end of file. Header and the call that creates the
 //! process may arrive in any order. With a terminal, `stdin` and `stdout` carry its two directions.
 
+use crate::GUEST;
 use crate::id::{ID_MAX, InvalidId, check_id};
 
 /// Longest header in bytes, line feed included: a reader that has seen so many bytes without a line feed stops.
@@ -95,7 +97,9 @@ impl StreamHeader {
             "stderr" => Stream::Stderr,
             _ => return Err(InvalidHeader::Stream),
         };
-        check_id(container_id).map_err(InvalidHeader::ContainerId)?;
+        if container_id != GUEST {
+            check_id(container_id).map_err(InvalidHeader::ContainerId)?;
+        }
         let exec_id = if exec_id == "-" {
             String::new()
         } else {
@@ -120,6 +124,7 @@ mod tests {
         for h in [
             header(Stream::Stdin, "c1", ""),
             header(Stream::Stdout, "c-1", "exec.7"),
+            header(Stream::Stdout, GUEST, "enter-1"),
             header(Stream::Stderr, &longest, &longest),
         ] {
             let line = h.encode();
@@ -146,6 +151,7 @@ mod tests {
             (b"STDIN c1 -\n", Stream),
             (b"stdlog c1 -\n", Stream),
             (b"stdin .. -\n", ContainerId(InvalidId::Dots)),
+            (b"stdin =other -\n", ContainerId(InvalidId::Character('='))),
             (b"stdin a/b -\n", ContainerId(InvalidId::Character('/'))),
             (b"stdin c1 a/b\n", ExecId(InvalidId::Character('/'))),
             (b"stdin c1 -\nx\n", ExecId(InvalidId::Character('\n'))),

@@ -90,6 +90,18 @@ impl Cgroup {
         Self { name: PARENT.into(), path: PathBuf::from(format!("{ROOT}{PARENT}")) }
     }
 
+    /// One beside the containers', for a process of the guest's own, which nothing holds up; it need not exist.
+    pub fn of_guest(exec_id: &str) -> Self {
+        let name = format!("/enter-{exec_id}");
+        let path = PathBuf::from(format!("{ROOT}{name}"));
+        Self { name, path }
+    }
+
+    /// Moves this process into it.
+    pub fn join(&self) -> io::Result<()> {
+        self.write("cgroup.procs", "0")
+    }
+
     /// Makes it, with limits.
     pub fn create(&self, limits: Option<&LinuxResources>) -> Result<(), Error> {
         fs::create_dir(&self.path).map_err(|e| Error::os(format!("making the cgroup {}", self.name), e))?;

@@ -22,6 +22,7 @@ use stockade_agent_protocol::resources::Refused;
 pub use oci_spec::runtime::Hook;
 pub use options::MOUNT_OPTIONS;
 use pod::{Joined, Shared};
+pub use program::is_static;
 pub use resources::{check as check_resources, merge as merge_resources};
 pub use validate::{check_process, is_bind};
 

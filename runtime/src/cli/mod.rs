@@ -7,6 +7,7 @@
 mod check;
 mod create;
 mod delete;
+mod enter;
 mod events;
 mod exec;
 mod features;
@@ -112,6 +113,7 @@ enum Command {
     Sandboxes(sandboxes::Sandboxes),
     Logs(logs::Logs),
     Trace(trace::Trace),
+    Enter(enter::Enter),
     Metrics(metrics::Metrics),
     Install(install::Install),
     Uninstall(install::Uninstall),
@@ -226,6 +228,7 @@ fn dispatch(global: Global, command: Command, process_start_ns: u64) -> Outcome 
         Command::Sandboxes(args) => sandboxes::sandboxes(global, args),
         Command::Logs(args) => logs::logs(global, args),
         Command::Trace(args) => trace::trace(global, args),
+        Command::Enter(args) => enter::enter(global, args),
         Command::Metrics(args) => metrics::metrics(global, args),
         Command::Install(args) => install::install(args),
         Command::Uninstall(args) => install::uninstall(args),
@@ -361,6 +364,9 @@ mod tests {
             "stockade exec --pidfd-socket /s ID true",
             "stockade checkpoint --image-path /i --leave-running ID",
             "stockade restore -d --bundle /b ID",
+            "stockade enter ID",
+            "stockade enter -t ID ps -o pid",
+            "stockade enter --program /p ID -- -x",
         ] {
             if let Err(e) = Arguments::try_parse_from(line.split(' ')) {
                 panic!("{line}: {e}");

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use stockade_agent_protocol::messages::{
-    ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, ExecRequest, ForgetRequest,
-    HandshakeRequest, HandshakeResponse, MakeVolumeRequest, Process, ProcessRequest, ResizeRequest,
-    SetNetworkRequest, SetPodRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse,
-    Stdio, UpdateRequest, WaitResponse, event,
+    ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, EnterRequest, ExecRequest,
+    ForgetRequest, HandshakeRequest, HandshakeResponse, MakeVolumeRequest, Process, ProcessRequest,
+    ResizeRequest, SetNetworkRequest, SetPodRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest,
+    StatsResponse, Stdio, UpdateRequest, WaitResponse, event,
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
@@ -175,6 +175,12 @@ impl Agent {
             ..process
         };
         Ok(reply.processes.into_iter().take(PROCESSES_MAX).map(shown).collect())
+    }
+
+    /// Runs a program in the guest, outside of its containers.
+    pub async fn enter(&self, request: EnterRequest, stdio: [bool; 3]) -> Result<u32, Error> {
+        let request = EnterRequest { stdio: Some(streams(stdio)).into(), ..request };
+        Ok(call(self.0.enter(context(), &request)).await?.pid)
     }
 
     /// Starts a further process in it; `process` is JSON.

@@ -1,4 +1,4 @@
-//! The host process of an exec: carries its streams, passes signals and window sizes on, and learns how it ended.
+//! The host process of an exec, or of a program that is let into the guest: carries its streams, passes signals and window sizes on, and learns how it ended.
 //!
 //! It holds no sandbox logic: the supervisor asks the agent, and gives this process the guest's streams. When this
 //! process dies, the supervisor kills the one it stands for.
@@ -38,22 +38,47 @@ pub fn exec(
     exec: Exec,
     ready: impl FnOnce() -> Result<(), Error>,
 ) -> Result<Exit, Error> {
+    let pid = std::process::id() as i32;
+    let Exec { process, terminal, console_socket, detach, ignore_paused, cgroup } = exec;
+    let request = |stdio| Request::Exec { pid, stdio, ignore_paused, cgroup };
+    let streams = Streams { terminal, console_socket, detach };
+    stand_for(talk, request, &process, streams, ready)
+}
+
+/// Runs a program in a sandbox's guest, outside of its containers: `message` is an `EnterRequest`.
+pub fn enter(talk: Conversation, message: &[u8], terminal: bool) -> Result<Exit, Error> {
+    let streams = Streams { terminal, console_socket: None, detach: false };
+    stand_for(talk, |stdio| Request::Enter { stdio }, message, streams, || Ok(()))
+}
+
+/// Where a process's streams lead.
+struct Streams<'a> {
+    terminal: bool,
+    console_socket: Option<&'a Path>,
+    detach: bool,
+}
+
+/// Asks for a process, with what is to be said of it, and stands for it until it has ended.
+fn stand_for(
+    talk: Conversation,
+    request: impl FnOnce([bool; 3]) -> Request,
+    message: &[u8],
+    streams: Streams,
+    ready: impl FnOnce() -> Result<(), Error>,
+) -> Result<Exit, Error> {
     let os = |what| move |e: io::Error| Error::Os(what, e);
     let signals = Signals::block().map_err(os("block signals"))?;
-    let mut stdio = match (exec.terminal, exec.console_socket) {
+    let mut stdio = match (streams.terminal, streams.console_socket) {
         (false, _) => HostStdio::inherited().map_err(os("use the standard streams"))?,
         (true, None) => HostStdio::own_terminal()?,
         (true, Some(socket)) => HostStdio::console_socket(socket, None)?,
     };
-    if exec.detach {
+    if streams.detach {
         release_inherited().map_err(os("let go of the standard streams"))?;
     }
     let wanted = stdio.wanted();
-    let process = control::attachment(&exec.process).map_err(os("send the process"))?;
-    let pid = std::process::id() as i32;
-    let Exec { ignore_paused, cgroup, .. } = exec;
-    let request = Request::Exec { pid, stdio: wanted, ignore_paused, cgroup };
-    talk.send(&request, &[process.as_fd()]).map_err(os("talk to the supervisor"))?;
+    let message = control::attachment(message).map_err(os("send the process"))?;
+    talk.send(&request(wanted), &[message.as_fd()]).map_err(os("talk to the supervisor"))?;
     let streams = match talk.recv().map_err(os("talk to the supervisor"))? {
         Some((Reply::Started, fds)) => place(wanted, fds),
         Some((Reply::Failed { message }, _)) => {

@@ -49,11 +49,14 @@ pub enum Request {
     Stats,
     /// Run a further process for that of the host with this number; its process object comes as an attachment.
     Exec { pid: i32, stdio: [bool; 3], ignore_paused: bool, cgroup: String },
+    /// Run a program in the guest, outside of its container, where that is allowed; an `EnterRequest` of the agent's
+    /// contract comes as an attachment.
+    Enter { stdio: [bool; 3] },
     /// List the processes of the host that stand for execs.
     Execs,
-    /// In an exec's conversation: a signal for its process.
+    /// In the conversation of an exec, or of who has entered: a signal for its process.
     Signal { signal: i32 },
-    /// In an exec's conversation: the size of its terminal.
+    /// In the same: the size of its terminal.
     Resize { rows: u16, columns: u16 },
 }
 

@@ -13,6 +13,7 @@ pub mod attach;
 pub mod cgroup;
 pub mod console;
 pub mod control;
+mod enter;
 pub mod launch;
 mod meter;
 mod oom_score;
@@ -59,6 +60,7 @@ pub use adopt::Adopted;
 use agent::Agent;
 use cgroup::Membership;
 use console::Console;
+pub use enter::{NOT_ALLOWED, enter};
 use oom_score::OomScore;
 pub use share::Share;
 use timeline::Timeline;
@@ -69,6 +71,8 @@ use vmm::{Ending, Vmm};
 const ENTROPY: usize = 32;
 /// Guest console output for `--debug`.
 const DEBUG_CMDLINE: &str = "loglevel=7";
+/// Tells the agent that it may be asked to run programs of the host.
+const ENTER_CMDLINE: &str = "stockade.enter";
 /// How long a guest may take from its first instruction to the agent's first answer. On hardware it is milliseconds,
 /// in an emulator on a busy machine a minute.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -178,6 +182,15 @@ pub struct Spawned {
     outside: Vec<OwnedFd>,
 }
 
+/// What the host wants of a guest besides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// It shall be talkative.
+    pub debug: bool,
+    /// It can be entered, outside of its containers.
+    pub enter: bool,
+}
+
 /// A VM that boots or runs, and what of the host it sees.
 pub struct Sandbox {
     /// Who makes containers in it.
@@ -191,6 +204,7 @@ pub struct Sandbox {
     outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
     oom_score: OomScore,
+    enter: bool,
     /// What the guest is called, where that is as the host is.
     names: [String; 2],
     view: RefCell<Option<View>>,
@@ -231,14 +245,16 @@ impl Spawned {
         share: Share,
         size: VmSize,
         files: GuestFiles,
-        debug: bool,
+        wishes: Wishes,
     ) -> Result<Sandbox, Error> {
         let Spawned { vmm, network, console, console_end, timeline, outside } = self;
         let tree = share.tree()?;
+        let words = [(wishes.debug, DEBUG_CMDLINE), (wishes.enter, ENTER_CMDLINE)];
+        let words: Vec<_> = words.into_iter().filter_map(|(wished, word)| wished.then_some(word)).collect();
         let boot = Boot {
             vcpus: size.vcpus,
             memory_bytes: size.memory,
-            cmdline: if debug { DEBUG_CMDLINE.into() } else { String::new() },
+            cmdline: words.join(" "),
             kernel_name: files.dir.join(guest_files::KERNEL).display().to_string(),
             initrd_name: files.dir.join(guest_files::INITRD).display().to_string(),
             network: network.exists(),
@@ -256,6 +272,7 @@ impl Spawned {
             outside: outside.into(),
             first_run_ns: Cell::new(0),
             oom_score: OomScore::default(),
+            enter: wishes.enter,
             names: bundle::names_of_the_host(spec),
             view: RefCell::default(),
         })
@@ -263,6 +280,11 @@ impl Spawned {
 }
 
 impl Sandbox {
+    /// Whether programs of the host can run in the guest, outside of its containers.
+    pub fn can_be_entered(&self) -> bool {
+        self.enter
+    }
+
     /// Puts the files of a container into the share of a VM that runs.
     pub fn share(&self, bundle: &Bundle, binds: &[Bind]) -> Result<(), Error> {
         // Before its first instruction the VMM may not have the share yet, and would miss what is mounted in it.

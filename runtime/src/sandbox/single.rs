@@ -17,7 +17,7 @@ use super::signals::Signals;
 use super::stdio::{self, HostStdio};
 use super::supervisor::{Story, Supervisor};
 use super::timeline::Timeline;
-use super::{Error, Sandbox, Share, control};
+use super::{Error, Sandbox, Share, Wishes, control};
 use crate::bundle::{Bundle, guest};
 use crate::config::Settings;
 use crate::guest_files::GuestFiles;
@@ -110,7 +110,8 @@ fn run_to_its_end(
     let inside = runtime.enter();
     let share = Share::mount(reservation.dir().path().join(SHARE))?;
     share.add(&bundle, &adapted.binds)?;
-    let sandbox = spawned.boot(&bundle.spec, share, size, files, launch.debug)?;
+    let wishes = Wishes { debug: launch.debug, enter: settings.enter };
+    let sandbox = spawned.boot(&bundle.spec, share, size, files, wishes)?;
     sandbox.add_oom_score(&bundle.spec);
     sandbox.keep_console(reservation.dir().path());
 

@@ -25,7 +25,7 @@ use super::reservation::Reservation;
 use super::signals::Signals;
 use super::single::Mode;
 use super::stdio::{HostStdio, Relays};
-use super::{Error, Sandbox};
+use super::{Error, Sandbox, enter};
 use crate::bundle::guest::Shown;
 use crate::bundle::{guest, hooks};
 use crate::state::{State, StateDir, Status};
@@ -265,6 +265,15 @@ impl Supervisor {
                 self.execs.borrow_mut().push(tokio::task::spawn_local(exec));
                 return;
             }
+            Request::Enter { stdio } => {
+                let (me, exec_id) = (self.clone(), self.next_exec_id());
+                tokio::task::spawn_local(async move {
+                    if let Err(message) = enter::enter(&me.sandbox, &talk, fds, stdio, &exec_id).await {
+                        let _ = talk.send(&Reply::Failed { message }, &[]);
+                    }
+                });
+                return;
+            }
             Request::Execs => match self.execs() {
                 Ok(list) => {
                     let _ = talk.send(&Reply::Execs, &[list.as_fd()]);
@@ -401,47 +410,18 @@ impl Supervisor {
             _ => {}
         }
         let process = control::read_attachment(fds).map_err(|e| e.to_string())?;
-        let (id, exec_id) = (self.id(), format!("exec-{}", self.exec_count.get()));
-        self.exec_count.set(self.exec_count.get() + 1);
+        let (id, exec_id) = (self.id(), self.next_exec_id());
         let streams = self.sandbox.connect_streams(wanted, &id, &exec_id).map_err(|e| e.to_string())?;
         let exec = self.sandbox.agent.exec_in(&id, &exec_id, process, wanted, cgroup, ignore_paused);
         exec.await.map_err(|e| e.to_string())?;
         self.exec_pids.borrow_mut().insert(pid);
-        let fds: Vec<_> = streams.iter().flatten().map(|fd| fd.as_fd()).collect();
-        let told = talk.send(&Reply::Started, &fds);
-        drop(streams);
-
-        let exit = self.sandbox.agent.wait(&id, &exec_id);
-        let mut exit = std::pin::pin!(exit);
-        let mut alive = told.is_ok();
-        if !alive {
-            self.kill_exec(&id, &exec_id).await;
-        }
-        let exit = loop {
-            tokio::select! {
-                exit = &mut exit => break exit.map_err(|e| e.to_string())?,
-                packet = talk.recv::<Request>(), if alive => match packet {
-                    Ok(Some((Request::Signal { signal }, _))) => {
-                        let _ = self.sandbox.agent.signal(&id, &exec_id, signal, false).await;
-                    }
-                    Ok(Some((Request::Resize { rows, columns }, _))) => {
-                        let _ = self.sandbox.agent.resize(&id, &exec_id, rows, columns).await;
-                    }
-                    Ok(Some(_)) => {}
-                    // The process on the host is gone, so the one that it stands for must go.
-                    Ok(None) | Err(_) => {
-                        alive = false;
-                        self.kill_exec(&id, &exec_id).await;
-                    }
-                },
-            }
-        };
-        let _ = talk.send(&Reply::Exited { code: exit.code, signal: exit.signal }, &[]);
-        Ok(())
+        enter::follow(&self.sandbox, talk, (&id, &exec_id), streams).await
     }
 
-    async fn kill_exec(&self, id: &str, exec_id: &str) {
-        let _ = self.sandbox.agent.signal(id, exec_id, Signal::SIGKILL as i32, false).await;
+    fn next_exec_id(&self) -> String {
+        let count = self.exec_count.get();
+        self.exec_count.set(count + 1);
+        format!("exec-{count}")
     }
 
     /// The container's end is the end of its execs; their commands are told before the VM goes.

@@ -17,7 +17,7 @@ use crate::process::ProcessId;
 use crate::sandbox::cgroup::{self, Membership};
 use crate::sandbox::reservation::Reservation;
 use crate::sandbox::timeline::Timeline;
-use crate::sandbox::{self, Sandbox, Share};
+use crate::sandbox::{self, Sandbox, Share, Wishes};
 use crate::size::VmSize;
 use crate::state::{SHARE, State, StateDir, Status};
 
@@ -107,7 +107,8 @@ pub fn boot(plan: &Plan, spec: &Spec, pod: Option<&PodConfig>) -> Result<Booted,
     };
     dir.save(&state)?;
     let share = Share::mount(dir.path().join(SHARE))?;
-    let sandbox = spawned.boot(spec, share, size, files, plan.debug)?;
+    let wishes = Wishes { debug: plan.debug, enter: settings.enter };
+    let sandbox = spawned.boot(spec, share, size, files, wishes)?;
     sandbox.keep_console(dir.path());
     Ok(Booted {
         sandbox,

@@ -11,6 +11,7 @@
 mod boot;
 mod bootstrap;
 mod cleanup;
+mod entrance;
 mod error;
 mod events;
 mod flags;

@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::boot::{Booted, Plan};
+use super::entrance;
 use super::error::Error;
 use super::events::{Publisher, timestamp};
 use super::forward;
@@ -92,6 +93,9 @@ impl Pod {
                     Volumes::of(&state.annotations, state.vm.memory)
                 };
                 self.volumes.replace(volumes);
+                if machine.sandbox.can_be_entered() {
+                    entrance::open(self, machine.dir());
+                }
                 // Nobody gives it a second one: that is checked where it could be asked for.
                 let _ = self.machine.set(machine);
                 tokio::task::spawn_local(self.clone().attend());

@@ -27,10 +27,14 @@ pub const PAUSE_IMAGE: &str = "docker.io/lab/pause:latest";
 /// The runtime's type.
 pub const RUNTIME: &str = "io.containerd.stockade.v2";
 
+/// Variables of its environment, which its shims inherit.
+pub type Env = &'static [(&'static str, &'static str)];
+
 /// A running containerd. Dropping it ends it and removes what it has made.
 pub struct Containerd {
     dir: TempDir,
     daemon: Child,
+    env: Env,
     /// What was not there before of what no configuration moves.
     new: Vec<&'static str>,
 }
@@ -38,13 +42,13 @@ pub struct Containerd {
 impl Containerd {
     /// Starts one and gives it the image.
     pub fn start() -> Self {
-        let this = Self::configured(|_| "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n".into());
+        let this = Self::configured(&[], |_| "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n".into());
         this.import("default", &[(IMAGE, &["sh"])]);
         this
     }
 
     /// Starts one with what `more` adds to its configuration, which is given the directory of all its files.
-    pub fn configured(more: impl FnOnce(&Path) -> String) -> Self {
+    pub fn configured(env: Env, more: impl FnOnce(&Path) -> String) -> Self {
         let dir = host_scratch();
         let at = dir.path();
         let bin = at.join("bin");
@@ -63,8 +67,8 @@ impl Containerd {
         fs::write(at.join("config.toml"), config).unwrap();
         let new = [SHARED_STATE, NRI].into_iter().filter(|place| !Path::new(place).exists()).collect();
         fs::create_dir_all(SHARED_STATE).unwrap();
-        let daemon = spawn(at);
-        let this = Containerd { dir, daemon, new };
+        let daemon = spawn(at, env);
+        let this = Containerd { dir, daemon, env, new };
         this.wait_until_it_answers();
         this
     }
@@ -93,7 +97,7 @@ impl Containerd {
     /// Kills it and starts it again over the same state.
     pub fn kill_and_restart(&mut self) {
         self.stop();
-        self.daemon = spawn(self.dir.path());
+        self.daemon = spawn(self.dir.path(), self.env);
         self.wait_until_it_answers();
     }
 
@@ -179,13 +183,14 @@ impl Drop for Containerd {
     }
 }
 
-fn spawn(at: &Path) -> Child {
+fn spawn(at: &Path, env: Env) -> Child {
     let log = fs::File::options().create(true).append(true).open(at.join("log")).unwrap();
     let path = format!("{}:{}", at.join("bin").display(), std::env::var("PATH").unwrap_or_default());
     Command::new("containerd")
         .arg("--config")
         .arg(at.join("config.toml"))
         .env("PATH", path)
+        .envs(env.iter().copied())
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)

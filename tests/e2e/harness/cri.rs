@@ -12,7 +12,7 @@ use stockade_tests::cri::messages as cri;
 use stockade_tests::cri::stream::Stream;
 use stockade_tests::cri::{Client, Failure};
 
-use super::containerd::{IMAGE, PAUSE_IMAGE, RUNTIME};
+use super::containerd::{Env, IMAGE, PAUSE_IMAGE, RUNTIME};
 use super::network::{tool, unique};
 use super::{Containerd, HANG};
 
@@ -43,6 +43,11 @@ impl Pods {
 
     /// Starts one whose handler for stockade has further settings.
     pub fn configured(settings: &str) -> Self {
+        Self::configured_with(settings, &[])
+    }
+
+    /// The same, with variables in the environment of containerd and its shims.
+    pub fn configured_with(settings: &str, env: Env) -> Self {
         let number = unique();
         let bridge = Bridge { name: format!("cri-{number}"), number };
         tool("modprobe -a veth bridge overlay");
@@ -52,7 +57,7 @@ impl Pods {
             settings += BY_SANDBOX_API;
         }
         let plugin = Plugin { pause: PAUSE_IMAGE, handlers: &handlers, settings: &settings };
-        let containerd = Containerd::configured(|at| plugin.configure(at, &bridge).unwrap());
+        let containerd = Containerd::configured(env, |at| plugin.configure(at, &bridge).unwrap());
         containerd.import(NAMESPACE, &[(IMAGE, &["sh"]), (PAUSE_IMAGE, &["sleep", "1000000"])]);
         let client = Client::new(&containerd.socket());
         let by_sandbox_api = settings.contains(BY_SANDBOX_API);
