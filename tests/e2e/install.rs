@@ -7,18 +7,25 @@ use std::process::Command;
 
 use stockade_tests::cri::host::config_version;
 
-use crate::harness::{Bundle, Case, Ended, Program, Rootfs, Runtime, Stdin, case, host_scratch};
+use crate::harness::{
+    Bundle, Case, Ended, Podman, Program, Rootfs, Runtime, Stdin, Systemd, case, host_scratch, tool,
+};
 
 const OURS: &str = "a command of stockade's own";
 
 pub const CASES: &[Case] = &[
     case!(engines_know_it_until_it_is_uninstalled).stockade_only(OURS),
     case!(a_configuration_is_begun_in_the_words_of_the_containerd_that_is_there).stockade_only(OURS),
+    case!(the_daemon_sets_image_installs_on_the_host_and_tells_its_figures).stockade_only(OURS).exclusive(),
+    case!(systemd_restarts_an_engine_that_has_to_read_its_configuration).stockade_only(OURS).exclusive(),
     case!(a_dry_run_changes_nothing).stockade_only(OURS),
     case!(nothing_is_removed_under_running_containers).stockade_only(OURS),
     case!(a_full_disk_leaves_nothing_half_made).stockade_only(OURS),
 ];
 
+/// What is deployed on a cluster's nodes, as the repository has it.
+const CONTAINERFILE: &str = include_str!("../../runtime/deploy/Containerfile");
+const DAEMON_SET: &str = include_str!("../../runtime/deploy/daemonset.yaml");
 /// As Debian's package has it.
 const CONTAINERD: &str = "version = 2\n\n[plugins]\n  [plugins.\"io.containerd.grpc.v1.cri\"]\n    \
                           [plugins.\"io.containerd.grpc.v1.cri\".cni]\n      bin_dir = \"/usr/lib/cni\"\n";
@@ -62,17 +69,22 @@ fn understood(config: &Path) -> String {
     text
 }
 
+/// Puts a program on a host of its own, which can have no more than a shell script.
+fn put_program(host: &Path, name: &str, script: &str) {
+    let bin = host.join("bin");
+    fs::create_dir_all(&bin).unwrap();
+    fs::copy(Rootfs::Busybox.path().join("bin/busybox"), bin.join("busybox")).unwrap();
+    fs::write(bin.join(name), format!("#!/bin/busybox sh\n{script}\n")).unwrap();
+    fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+}
+
 fn a_configuration_is_begun_in_the_words_of_the_containerd_that_is_there() {
     let host = host_scratch();
     let at = |path: &str| host.path().join(path);
-    for dir in ["etc/containerd", "bin"] {
-        fs::create_dir_all(at(dir)).unwrap();
-    }
+    fs::create_dir_all(at("etc/containerd")).unwrap();
     // The host's root directory is another one, with what can be asked there for the version of this one's.
-    fs::copy(Rootfs::Busybox.path().join("bin/busybox"), at("bin/busybox")).unwrap();
     let version = Program::spawn(command("containerd", &["--version"]), Stdin::Null).finish().ok();
-    fs::write(at("bin/containerd"), format!("#!/bin/busybox sh\necho '{}'\n", version.trim())).unwrap();
-    fs::set_permissions(at("bin/containerd"), fs::Permissions::from_mode(0o755)).unwrap();
+    put_program(host.path(), "containerd", &format!("echo '{}'", version.trim()));
     call("install", host.path(), &[]).code(0);
     let config = at("etc/containerd/config.toml");
     let text = fs::read_to_string(&config).unwrap();
@@ -113,6 +125,110 @@ fn engines_know_it_until_it_is_uninstalled() {
     call("uninstall", host.path(), &[]).code(0);
     assert_eq!(files(host.path()), before);
     assert_eq!(fs::read_to_string(at("etc/containerd/config.toml")).unwrap(), CONTAINERD);
+}
+
+/// What a container of the daemon set is called with, after the program's name.
+fn words_of(container: &str) -> Vec<&'static str> {
+    let (_, rest) = DAEMON_SET.split_once(&format!("- name: {container}\n")).expect(container);
+    let line = rest.lines().find_map(|line| line.trim().strip_prefix("command: [")).expect("its command");
+    let mut words = line.trim_end_matches(']').split(", ").map(|word| word.trim_matches('"'));
+    assert_eq!(words.next(), Some("/usr/local/bin/stockade"));
+    words.collect()
+}
+
+fn the_daemon_sets_image_installs_on_the_host_and_tells_its_figures() {
+    const IMAGE: &str = "localhost/lab/stockade";
+    let (host, podman) = (host(), Podman::with(&Runtime::named("runc")));
+    let at = |path: &str| host.path().join(path);
+    put_program(host.path(), "systemctl", "echo $@ >> /asked");
+    let containerfile = podman.dir().join("Containerfile");
+    fs::write(&containerfile, CONTAINERFILE).unwrap();
+    let stage = Runtime::under_test().guest_dir().join("../..").display().to_string();
+    let containerfile = containerfile.display().to_string();
+    podman.podman(&["build", "--file", &containerfile, "--tag", IMAGE, &stage]).code(0);
+
+    // As the manifest has it: privileged, with the host's root directory.
+    let root = format!("{}:/host", host.path().display());
+    let run = ["run", "--rm", "--network", "none", "--pid", "host", "--privileged", "--volume", &root, IMAGE];
+    let install = || podman.podman(&[&run[..], &words_of("install")].concat());
+    let said = install().ok();
+    assert!(said.contains("done: restart containerd"), "{said}");
+    assert_eq!(fs::read_to_string(at("asked")).unwrap(), "restart containerd\n");
+    understood(&at("etc/containerd/config.toml"));
+    let installed = Runtime::named(at("usr/local/bin/stockade").to_str().unwrap());
+    assert_eq!(installed.run(&Bundle::sh("echo installed")).ok(), "installed\n");
+    // Again, as after a reboot of the node: nothing is done, and nothing restarted.
+    let said = install().ok();
+    assert!(said.lines().all(|line| line.starts_with("there already: ")), "{said}");
+    assert_eq!(fs::read_to_string(at("asked")).unwrap(), "restart containerd\n");
+
+    // With the rights that it has there: the host's processes and /run, and two capabilities.
+    let container = Runtime::under_test().start(&Bundle::idle(), Stdin::Null);
+    container.program.expect_line("ready");
+    let mut words = words_of("metrics");
+    *words.last_mut().unwrap() = "127.0.0.1:0";
+    let run = [
+        "run",
+        "--rm",
+        "--name",
+        "metrics",
+        "--network",
+        "host",
+        "--pid",
+        "host",
+        "--volume",
+        "/run:/run:ro",
+    ];
+    let rights = ["--cap-drop", "ALL", "--cap-add", "SYS_PTRACE,DAC_READ_SEARCH", IMAGE];
+    let mut server = Program::spawn(podman.command(&[&run[..], &rights, &words].concat()), Stdin::Null);
+    let line = server.line();
+    let url = line.strip_prefix("serving ").unwrap_or_else(|| panic!("{line}\n{}", server.report()));
+    let text = tool(&format!("curl -sf {url}"));
+    let memory =
+        format!("stockade_sandbox_memory_bytes{{sandbox=\"{}\",part=\"vmm\"}} ", container.id.as_str());
+    let bytes = text.lines().find_map(|line| line.strip_prefix(&memory)).unwrap_or_else(|| panic!("{text}"));
+    assert!(bytes.parse::<f64>().unwrap() > 10e6, "{bytes}");
+    podman.podman(&["stop", "--time", "0", "metrics"]).code(0);
+    server.exit();
+}
+
+fn systemd_restarts_an_engine_that_has_to_read_its_configuration() {
+    const UNIT: &str = "[Service]\nExecStart=/bin/sleep 100000\n";
+    const UNIT_FILE: &str = "/run/systemd/system/containerd.service";
+    let host = Systemd::boot();
+    let root = host_scratch();
+    let root = root.path().display();
+    // Its own root directory by another path, as a pod has it; what is written there is in memory.
+    let prepare = format!(
+        "mount --rbind / {root} && mount --make-rprivate {root} \
+         && for place in etc/containerd usr/local; do mount -t tmpfs tmpfs {root}/$place || exit; done \
+         && printf '{UNIT}' > {UNIT_FILE} && systemctl daemon-reload"
+    );
+    host.call(&["sh", "-c", &prepare]).code(0);
+    let state = || host.property("containerd.service", "ActiveState");
+    assert_eq!(state(), "inactive");
+    let program = Runtime::under_test().path().display().to_string();
+    let install = || host.call(&[&program, "install", "--host-root", &root.to_string(), "--restart"]);
+    let said = install().ok();
+    assert!(said.contains("done: restart containerd"), "{said}");
+    assert_eq!(state(), "active");
+    let main = host.property("containerd.service", "MainPID");
+    assert!(!install().ok().contains("restart"));
+    assert_eq!(host.property("containerd.service", "MainPID"), main);
+    // One that does not come up again is told of.
+    let broken = format!(
+        "rm {root}/etc/containerd/config.toml && sed -i '/Exec/iExecStartPre=/bin/false' {UNIT_FILE} && systemctl daemon-reload"
+    );
+    host.call(&["sh", "-c", &broken]).code(0);
+    let reason = install().refused();
+    assert!(reason.contains("cannot restart containerd") && reason.contains("journalctl"), "{reason}");
+    // And not forgotten, though all else has been done.
+    host.call(&["sh", "-c", &format!("sed -i /Pre/d {UNIT_FILE} && systemctl daemon-reload")]).code(0);
+    assert_ne!(state(), "active");
+    let said = install().ok();
+    assert!(said.contains("done: restart containerd") && !said.contains("done: write"), "{said}");
+    assert_eq!(state(), "active");
+    assert!(!install().ok().contains("restart"));
 }
 
 fn a_dry_run_changes_nothing() {

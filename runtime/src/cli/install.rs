@@ -63,7 +63,11 @@ impl Common {
 
     /// Does what is not done yet, and tells of all of it.
     fn carry_out(&self, layout: &Layout, steps: &[Step]) -> Outcome {
-        let mut changed = false;
+        let restart = self.restart && !self.dry_run;
+        let mut changed = restart && install::is_restart_due(layout);
+        if restart && steps.iter().any(|step| !step.is_done()) {
+            install::set_restart_due(layout, true)?;
+        }
         for step in steps {
             let done = step.is_done();
             changed |= !done;
@@ -78,12 +82,15 @@ impl Common {
         }
         for engine in Engine::found(layout).into_iter().filter(|_| changed) {
             let Some(unit) = engine.unit() else { continue };
-            if !self.restart || self.dry_run {
+            if !restart {
                 print(&format!("left: systemctl restart {unit}, so that it reads its configuration\n"))?;
             } else {
                 install::restart(layout, unit)?;
                 print(&format!("done: restart {unit}\n"))?;
             }
+        }
+        if restart {
+            install::set_restart_due(layout, false)?;
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -38,6 +38,10 @@ pub enum Error {
     Restart(&'static str, String),
 }
 
+/// Is there, until the host's next boot, as long as engines have to be restarted for what has been changed: whoever was
+/// to do it may have failed, or be gone.
+const RESTART_DUE: &str = "/run/stockade-restart-due";
+
 /// Where what goes.
 #[derive(Debug)]
 pub struct Layout {
@@ -183,6 +187,23 @@ pub fn uninstall(layout: &Layout) -> Result<Vec<Step>, Error> {
     }
     steps.push(Step::RemoveDir(layout.at(layout.guest_dir())));
     Ok(steps)
+}
+
+/// Whether engines have to be restarted for what an earlier call has changed.
+pub fn is_restart_due(layout: &Layout) -> bool {
+    layout.at(RESTART_DUE).exists()
+}
+
+/// Notes whether they have to be.
+pub fn set_restart_due(layout: &Layout, due: bool) -> Result<(), Error> {
+    let note = layout.at(RESTART_DUE);
+    if due {
+        return Step::Write { path: note, text: String::new() }.perform();
+    }
+    match fs::remove_file(&note) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::Io("remove", note, e)),
+        _ => Ok(()),
+    }
 }
 
 /// Has an engine's unit begin anew with its configuration, by way of systemd on the host.

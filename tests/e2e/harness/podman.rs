@@ -42,8 +42,13 @@ pub struct Podman {
 impl Podman {
     /// Makes one that runs containers with the runtime under test, and gives it the image.
     pub fn new() -> Self {
+        Self::with(&Runtime::under_test())
+    }
+
+    /// Makes one that runs them with this runtime.
+    pub fn with(runtime: &Runtime) -> Self {
         let dir = host_scratch();
-        let runtime = Runtime::under_test().path();
+        let runtime = runtime.path();
         let new = SHARED_STATE.into_iter().filter(|place| !Path::new(place).exists()).collect();
         let this = Podman { dir, runtime, new };
         // As on a host that uses bridges.
