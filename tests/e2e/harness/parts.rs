@@ -37,6 +37,7 @@ const PARTS: &[&[&str]] = &[
     &["docker::"],
     &["buildah::"],
     &["cri::"],
+    &["cri::volumes::", "cri::streams::"],
     &["containerd::"],
     &["stdio::"],
     &["failure::"],
