@@ -47,7 +47,15 @@ pub fn talk_to_agent(bytes: &[u8]) -> Option<Vec<String>> {
                 agent.out_of_memory(|_| ()),
             );
             let stats = stats.map(|stats| drop(crate::sandbox::stats::as_runc_has_it(&stats, &[])));
-            Some(said([shake.map(drop), set_up, created, exit.map(drop), stats, list.map(drop), events]))
+            Some(said([
+                shake.map(drop),
+                set_up,
+                created.map(drop),
+                exit.map(drop),
+                stats,
+                list.map(drop),
+                events,
+            ]))
         };
         let shown = runtime.block_on(async { tokio::time::timeout(HANG, talk).await.ok().flatten() });
         // With it goes the connection, for whose end the guest waits.

@@ -88,8 +88,11 @@ pub struct State {
     pub status: Status,
     /// The container's host process.
     pub supervisor: ProcessId,
-    /// The VMM, once it has been started.
+    /// The VMM, once it has been started; that of another container's VM is not named.
     pub vmm: Option<ProcessId>,
+    /// The container whose VM it lives in, if that was not made for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<String>,
     /// Absolute path of the bundle.
     pub bundle: PathBuf,
     /// Absolute path of the root filesystem.
@@ -355,6 +358,7 @@ pub(crate) mod tests {
             status: Status::Running,
             supervisor: ProcessId::current().unwrap(),
             vmm: None,
+            sandbox: None,
             bundle: "/bundle".into(),
             rootfs: "/bundle/rootfs".into(),
             created: "2026-01-01T00:00:00Z".into(),

@@ -33,6 +33,7 @@ mod network;
 mod operations;
 mod podman;
 mod process;
+mod shared;
 mod stdio;
 mod systemd;
 mod tty;
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
         install::CASES,
         isolation::CASES,
         lifecycle::CASES,
+        shared::CASES,
         limits::CASES,
         mounts::CASES,
         network::CASES,

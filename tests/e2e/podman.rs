@@ -1,6 +1,9 @@
 //! The runtime under the host's Podman, which calls it through conmon.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
@@ -20,6 +23,8 @@ pub const CASES: &[Case] = &[
     case!(who_enters_the_mount_namespace_finds_the_containers_files_only).exclusive(),
     case!(a_port_of_the_default_network_leads_to_the_container).exclusive(),
     case!(containers_of_a_pod_without_infra_live_and_end_together).exclusive(),
+    case!(containers_of_a_pod_share_its_network_memory_and_name).exclusive(),
+    case!(a_container_joins_the_namespaces_of_another).exclusive(),
     case!(a_killed_supervisor_is_no_success_and_the_container_starts_again).exclusive(),
     case!(what_a_vm_cannot_honour_is_refused_by_name).stockade_only(VM).exclusive(),
 ];
@@ -129,8 +134,8 @@ fn attach_run_and_exec_carry_input_and_terminals() {
 fn options_of_run_reach_the_workload() {
     let podman = Podman::new();
     let volume = podman.dir().join("volume");
-    std::fs::create_dir(&volume).unwrap();
-    std::fs::write(volume.join("file"), "of the host\n").unwrap();
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("file"), "of the host\n").unwrap();
     let script =
         "id -u; id -g; hostname; cat /volume/file; echo new > /volume/new; touch /data/new; echo $WHO
         touch /no 2>/dev/null || echo read-only; grep CapBnd /proc/self/status; ulimit -n
@@ -149,11 +154,11 @@ fn options_of_run_reach_the_workload() {
     let expected = "1000\n1001\nbox\nof the host\nme\nread-only\nCapBnd:\t0000000000000020\n100\n1\n\
         box\n134217728\n50\n100000 100000\n1\n";
     assert_eq!(said, expected);
-    assert_eq!(std::fs::read_to_string(volume.join("new")).unwrap(), "new\n");
+    assert_eq!(fs::read_to_string(volume.join("new")).unwrap(), "new\n");
     assert!(podman.dir().join("root/volumes/named/_data/new").exists());
 
     let secret = podman.dir().join("secret");
-    std::fs::write(&secret, "s3cret").unwrap();
+    fs::write(&secret, "s3cret").unwrap();
     podman.podman(&["secret", "create", "word", &secret.display().to_string()]).code(0);
     let secrets = ["--secret", "word", "--secret", "word,type=env,target=WORD"];
     assert_eq!(
@@ -172,11 +177,11 @@ fn files_are_copied_in_and_out_and_committed() {
     podman.exec("a", "echo inside > /file; echo volume > /data/file").code(0);
     let copy = |from: &str, to: &str| podman.podman(&["cp", from, to]);
     let host = |name: &str| podman.dir().join(name).display().to_string();
-    let read = |name: &str| std::fs::read_to_string(podman.dir().join(name)).unwrap();
+    let read = |name: &str| fs::read_to_string(podman.dir().join(name)).unwrap();
     copy("a:/file", &host("out")).code(0);
     copy("a:/data/file", &host("volume")).code(0);
     assert_eq!((read("out").as_str(), read("volume").as_str()), ("inside\n", "volume\n"));
-    std::fs::write(podman.dir().join("in"), "from the host\n").unwrap();
+    fs::write(podman.dir().join("in"), "from the host\n").unwrap();
     copy(&host("in"), "a:/new").code(0);
     copy(&host("in"), "a:/data/new").code(0);
     assert_eq!(podman.exec("a", "cat /new /data/new").ok(), "from the host\nfrom the host\n");
@@ -199,14 +204,13 @@ fn who_enters_the_mount_namespace_finds_the_containers_files_only() {
     assert!(refused.contains("debian_version"), "{refused}");
     assert!(!out.exists());
     let pid = podman.inspect("a", "/State/Pid");
-    let namespace = std::fs::File::open(format!("/proc/{pid}/ns/mnt")).unwrap();
+    let namespace = fs::File::open(format!("/proc/{pid}/ns/mnt")).unwrap();
     let seen = std::thread::spawn(move || {
         // A namespace is a thread's own, once its root directory is.
         unshare(CloneFlags::CLONE_FS).unwrap();
         setns(namespace, CloneFlags::CLONE_NEWNS).unwrap();
-        let names =
-            std::fs::read_dir("/").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let processes = std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name());
+        let names = fs::read_dir("/").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name());
         let processes = processes.filter(|name| name.to_string_lossy().parse::<u32>().is_ok());
         (names.collect::<BTreeSet<_>>(), processes.count())
     });
@@ -248,6 +252,91 @@ fn containers_of_a_pod_without_infra_live_and_end_together() {
     podman.podman(&["pod", "rm", "pod"]).code(0);
 }
 
+fn containers_of_a_pod_share_its_network_memory_and_name() {
+    let podman = Podman::new();
+    let create = ["pod", "create", "--name", "pod", "--publish", "127.0.0.1:18081:8080"];
+    // Podman 4.3 denies all devices to a cgroup that it makes for a pod itself, and no runtime can do without /dev/null.
+    // As the usual pause program, this one ends when it is asked to.
+    let pause = "syslogd -n -O /dev/null";
+    let infra = ["--infra-image", PODMAN_IMAGE, "--infra-command", pause, "--share-parent=false"];
+    podman.podman(&[&create[..], &infra].concat()).code(0);
+    let serves = format!("nc -ll -p 8080 -e cat & echo shared > /dev/shm/file; {IDLE}");
+    podman.detached("a", &["--pod", "pod"], &serves);
+    // Takes longer to end than the pause program.
+    let slow = "trap 'sleep 2; exit 5' TERM; echo up; while :; do sleep 1; done";
+    podman.detached("b", &["--pod", "pod"], slow);
+    for name in ["a", "b"] {
+        podman.wait_for_line(name, "up");
+    }
+    let echo = "until echo said | nc -w 5 127.0.0.1 8080 | grep said; do sleep 0.1; done";
+    assert_eq!(podman.exec("b", echo).code(0).text(), "said\n");
+    assert_eq!(podman.exec("b", "cat /dev/shm/file").code(0).text(), "shared\n");
+    let names = ["a", "b"].map(|name| podman.exec(name, "hostname").code(0).text());
+    assert_eq!(names, ["pod\n", "pod\n"]);
+    // Each has its own processes and files.
+    assert_eq!(podman.exec("b", "ps -o args | grep -c '[n]c -ll'").code(1).text(), "0\n");
+    fs::write(podman.dir().join("given"), "given").unwrap();
+    let given = podman.dir().join("given").display().to_string();
+    podman.podman(&["cp", &given, "b:/given"]).code(0);
+    assert_eq!(podman.exec("b", "cat /given").code(0).text(), "given");
+    podman.exec("a", "test ! -e /given").code(0);
+    // From outside.
+    let mut outside = TcpStream::connect("127.0.0.1:18081").unwrap();
+    outside.write_all(b"out").unwrap();
+    outside.shutdown(Shutdown::Write).unwrap();
+    let mut back = String::new();
+    outside.read_to_string(&mut back).unwrap();
+    assert_eq!(back, "out");
+
+    let run = ["run", "--rm", "--interactive", "--pod", "pod", PODMAN_IMAGE, "sh", "-c", "cat; exit 7"];
+    let ended = Program::spawn(podman.command(&run), Stdin::Bytes(b"through".to_vec())).finish();
+    assert_eq!(ended.code(7).text(), "through");
+    podman.podman(&["pause", "b"]).code(0);
+    podman.exec("a", "true").code(0);
+    podman.podman(&["unpause", "b"]).code(0);
+    podman.podman(&["stop", "b"]).code(0);
+    assert_eq!(podman.inspect("b", "/State/ExitCode"), 5);
+    podman.exec("a", "true").code(0);
+    podman.podman(&["start", "b"]).code(0);
+    podman.exec("b", "cat /dev/shm/file").code(0);
+    let pid = podman.inspect("b", "/State/Pid").as_i64().unwrap();
+    kill(Pid::from_raw(pid.try_into().unwrap()), Signal::SIGKILL).unwrap();
+    assert_eq!(podman.podman(&["wait", "b"]).ok(), "137\n");
+    podman.podman(&["start", "b"]).code(0);
+    podman.exec("b", "true").code(0);
+
+    let pod = podman.podman(&["pod", "inspect", "--format", "{{.State}} {{.NumContainers}}", "pod"]);
+    assert_eq!(pod.ok(), "Running 3\n");
+    podman.podman(&["pod", "stop", "pod"]).code(0);
+    let ended = ["a", "b"].map(|name| podman.inspect(name, "/State/ExitCode"));
+    assert_eq!(ended, [5, 5], "they were not let end by themselves");
+    podman.podman(&["pod", "start", "pod"]).code(0);
+    podman.exec("a", "true").code(0);
+    podman.podman(&["pod", "rm", "--force", "--time", "0", "pod"]).code(0);
+}
+
+fn a_container_joins_the_namespaces_of_another() {
+    let podman = Podman::new();
+    podman.detached(
+        "a",
+        &["--network", "none", "--ipc", "shareable"],
+        &format!("echo 1 > /dev/shm/n; nc -ll -p 8080 -e cat & {IDLE}"),
+    );
+    podman.wait_for_line("a", "up");
+    let network = ["--network", "container:a"];
+    let run = |options: &[&str], script: &str| {
+        let words = [&["run", "--rm"], &network[..], options, &[PODMAN_IMAGE, "sh", "-c", script]].concat();
+        podman.podman(&words)
+    };
+    let call = "until echo said | nc -w 5 127.0.0.1 8080 | grep said; do sleep 0.1; done";
+    assert_eq!(run(&[], call).code(0).text(), "said\n");
+    assert_eq!(run(&["--ipc", "container:a"], "cat /dev/shm/n; exit 3").code(3).text(), "1\n");
+    let shared = run(&["--pid", "container:a"], "ps -o args | grep -c '^nc -ll'; kill -TERM 1");
+    assert_eq!(shared.code(0).text(), "1\n");
+    assert_eq!(podman.podman(&["wait", "a"]).ok(), "5\n");
+    podman.remove("a");
+}
+
 fn a_killed_supervisor_is_no_success_and_the_container_starts_again() {
     let podman = Podman::new();
     podman.detached("a", &["--network", "none"], IDLE);
@@ -265,8 +354,8 @@ fn what_a_vm_cannot_honour_is_refused_by_name() {
     podman.detached("a", &["--network", "none"], IDLE);
     for (options, words) in [
         (&["--network", "host"][..], ["linux.namespaces", "host's network"]),
-        (&["--network", "none", "--pid", "container:a"], ["linux.namespaces", "pid"]),
-        (&["--network", "none", "--ipc", "container:a"], ["linux.namespaces", "ipc"]),
+        (&["--network", "none", "--pid", "container:a"], ["linux.namespaces", "--network container:"]),
+        (&["--network", "none", "--pid", "ns:/proc/1/ns/pid"], ["linux.namespaces", "pid"]),
         (
             &["--network", "none", "--cap-add", "sys_admin", "--volume", "/tmp:/x:rshared"],
             ["CAP_SYS_ADMIN", "host"],

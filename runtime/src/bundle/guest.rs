@@ -187,6 +187,13 @@ pub fn adapt_with(
                 pods.set_typ(LinuxNamespaceType::Pid).set_path(Some(POD_PID_NAMESPACE.into()));
                 namespaces.push(pods);
             }
+            for typ in &bundle.joined.namespaces {
+                let file =
+                    Path::new("/proc").join(bundle.joined.with.to_string()).join("ns").join(file_name(*typ));
+                let mut others = LinuxNamespace::default();
+                others.set_typ(*typ).set_path(Some(file));
+                namespaces.push(others);
+            }
         }
         if let Some(resources) = linux.resources_mut() {
             *resources = guests_part(resources.clone());
@@ -200,6 +207,20 @@ pub fn adapt_with(
     }
     let spec = serde_json::to_vec(&spec).map_err(Error::Encode)?;
     Ok(Adapted { binds, spec, shown: Shown { root: rootfs, mounts } })
+}
+
+/// What a process's namespace of this type is called in /proc/PID/ns (namespaces(7)).
+pub fn file_name(typ: LinuxNamespaceType) -> &'static str {
+    match typ {
+        LinuxNamespaceType::Mount => "mnt",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "net",
+        LinuxNamespaceType::Time => "time",
+    }
 }
 
 /// The limits that stand in the guest. CPUs and memory nodes are the host's, so are block devices: what the
@@ -255,7 +276,7 @@ fn follows(mount: &Mount) -> Option<bool> {
 /// Whether something else is mounted somewhere below a directory of the host.
 fn has_mounts_below(source: &Path) -> bool {
     let Ok(source) = source.canonicalize() else { return false };
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
     // proc_pid_mountinfo(5): the fifth field is the mount point, with odd characters as octal numbers.
     mounts.lines().filter_map(|line| line.split(' ').nth(4)).any(|point| {
         let point = unescape(point);

@@ -17,6 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, Spec};
+use serde::{Deserialize, Serialize};
 use stockade_agent_protocol::resources::Refused;
 
 pub use oci_spec::runtime::Hook;
@@ -75,7 +76,7 @@ pub const CAPABILITIES: &[&str] = &[
 ];
 
 /// A bundle that can be run.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Bundle {
     /// The bundle's directory, absolute and without symbolic links.
     pub path: PathBuf,
@@ -152,6 +153,11 @@ impl Bundle {
         })
     }
 
+    /// The same for a container that shares namespaces with another: `take` takes those out of the configuration.
+    pub fn load_joining(dir: &Path, take: impl FnOnce(&mut Spec) -> Joined) -> Result<Self, Error> {
+        Self::load_with(dir, |spec| Ok(take(spec)))
+    }
+
     fn load_with(dir: &Path, adopt: impl FnOnce(&mut Spec) -> Result<Joined, Error>) -> Result<Self, Error> {
         let path = fs::canonicalize(dir).map_err(|e| Error::Directory(dir.to_owned(), e))?;
         let mut spec = read_spec(&path)?;
@@ -166,6 +172,14 @@ impl Bundle {
             mount.set_destination(Path::new("/").join(mount.destination()));
         }
         Ok(Bundle { path, spec, rootfs, joined })
+    }
+
+    /// Everything of the host that it uses.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        let mounts = self.spec.mounts().iter().flatten().filter(|mount| is_bind(mount));
+        let sources =
+            mounts.filter_map(|mount| mount.source().as_deref()).map(|source| self.path.join(source));
+        std::iter::once(self.rootfs.clone()).chain(sources).collect()
     }
 
     /// The limits that can be changed later: `linux.resources` without the rules for devices.

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
 use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
+use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::validate::{check_sysctl, is_bind, unsupported};
@@ -60,13 +61,17 @@ pub struct Shared {
     files: Vec<(PathBuf, PathBuf)>,
 }
 
-/// What of a pod's a container takes part in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What of a pod's, or of another container's, a container takes part in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joined {
-    /// The pid namespace.
+    /// The pod's pid namespace.
     pub pid_namespace: bool,
-    /// The shared memory.
+    /// The pod's shared memory.
     pub shm: bool,
+    /// Namespaces of the other container.
+    pub namespaces: Vec<LinuxNamespaceType>,
+    /// The process in the guest that has them, by its number there.
+    pub with: u32,
 }
 
 impl Shared {

@@ -6,10 +6,9 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::{Announce, Error, Global, Outcome, refuse_preserved};
-use crate::bundle::Bundle;
 use crate::config::Settings;
 use crate::sandbox::single::{self, Launch, Mode};
-use crate::sandbox::{attach, launch, pidfd};
+use crate::sandbox::{attach, join, launch, pidfd};
 use crate::state;
 
 /// Create a container without starting it
@@ -27,13 +26,14 @@ pub fn create(global: &Global, args: Create, process_start_ns: u64) -> Outcome {
     let Create { common: args, pidfd_socket } = args;
     refuse_preserved(args.preserve_fds)?;
     state::check(&args.container_id)?;
-    let bundle = Bundle::load(&args.bundle)?;
+    let (bundle, with) = join::load(&global.root, &args.bundle)?;
     attach::check_terminal(bundle.terminal(), true, args.console_socket.as_deref())
         .map_err(|e| Error::Usage(e.into()))?;
     let launch = Launch {
         id: args.container_id,
         root: global.root.clone(),
         bundle,
+        with,
         scratch: None,
         settings: Settings::load()?,
         console_socket: args.console_socket,

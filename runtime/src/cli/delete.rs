@@ -13,7 +13,7 @@ use crate::bundle::hooks;
 use crate::image::{self, scratch};
 use crate::network;
 use crate::process::ProcessId;
-use crate::sandbox::cgroup;
+use crate::sandbox::{cgroup, join};
 use crate::state::{self, State, StateDir, Status};
 
 /// How long a killed process may take to be gone. A VMM gives its guest's memory back in that time.
@@ -46,10 +46,10 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
     };
     match state.status() {
         // Its processes may be about to end.
-        Status::Stopped => end(&state)?,
+        Status::Stopped => end(&state, &dir)?,
         // The specification would have it refused; runc's callers count on it.
-        Status::Created => kill(&state)?,
-        _ if args.force => kill(&state)?,
+        Status::Created => kill(&state, &dir)?,
+        _ if args.force => kill(&state, &dir)?,
         other => {
             return Err(Error::Refused(format!(
                 "cannot delete container {} that is not stopped: it is {}; stop it, or use --force",
@@ -77,16 +77,24 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
 }
 
 /// Kills the supervisor, and with it everything.
-fn kill(state: &State) -> Result<(), Error> {
+fn kill(state: &State, dir: &StateDir) -> Result<(), Error> {
     if let Some(supervisor) = state.supervisor.open() {
         supervisor.signal(libc::SIGKILL).map_err(Error::io("kill the supervisor"))?;
     }
-    end(state)
+    end(state, dir)
 }
 
 /// Waits until the container's processes are gone.
-fn end(state: &State) -> Result<(), Error> {
+fn end(state: &State, dir: &StateDir) -> Result<(), Error> {
     gone("supervisor", Some(state.supervisor), false)?;
+    if let Some(sandbox) = &state.sandbox
+        && !join::is_cleared(dir, KILL_TIMEOUT)
+    {
+        return Err(Error::Refused(format!(
+            "container {} does not end in the VM of {sandbox}, whose namespaces it shares: try again, or end {sandbox}",
+            state.id
+        )));
+    }
     // It ends with its supervisor by itself; if it does not, it is made to.
     gone("VMM", state.vmm, true)
 }

@@ -159,6 +159,7 @@ mod tests {
             status: Status::Running,
             supervisor: ProcessId::current().unwrap(),
             vmm: None,
+            sandbox: None,
             bundle: bundle.path.clone(),
             rootfs: bundle.rootfs.clone(),
             created: String::new(),

@@ -17,6 +17,7 @@ use crate::image::flags::Flags;
 use crate::image::scratch::{self, Scratch};
 use crate::image::{self, Prepared};
 use crate::sandbox::agent::Exit;
+use crate::sandbox::join::{self, Host};
 use crate::sandbox::single::{self, Launch, Mode};
 use crate::sandbox::{self, attach, launch, pidfd};
 use crate::state;
@@ -72,15 +73,18 @@ pub fn run(global: &Global, args: Run, process_start_ns: u64) -> Outcome {
     refuse_preserved(args.preserve_fds)?;
     let id = id(&args)?;
     state::check(&id)?;
-    let (bundle, scratch) = match &args.from_image.image {
-        None => (Bundle::load(&args.bundle)?, None),
+    let (bundle, with, scratch) = match &args.from_image.image {
+        None => {
+            let (bundle, with) = join::load(&global.root, &args.bundle)?;
+            (bundle, with, None)
+        }
         Some(_) => {
             let Prepared { bundle, scratch } = prepare(global, &args, &id)?;
-            (bundle, Some(scratch))
+            (bundle, None, Some(scratch))
         }
     };
     let shown = id.clone();
-    let settled = Container { args: &args, id, bundle, scratch }.run(global, process_start_ns)?;
+    let settled = Container { args: &args, id, bundle, with, scratch }.run(global, process_start_ns)?;
     match settled {
         None if args.from_image.image.is_some()
             && args.from_image.name.is_none()
@@ -148,6 +152,7 @@ struct Container<'a> {
     args: &'a Run,
     id: String,
     bundle: Bundle,
+    with: Option<Host>,
     scratch: Option<Scratch>,
 }
 
@@ -161,6 +166,7 @@ impl Container<'_> {
             id: self.id,
             root: global.root.clone(),
             bundle: self.bundle,
+            with: self.with,
             scratch: self.scratch.as_ref().map(|scratch| scratch.path().to_owned()),
             settings: Settings::load()?,
             console_socket: args.console_socket.clone(),

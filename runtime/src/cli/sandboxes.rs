@@ -102,6 +102,8 @@ pub fn all(global: &Global) -> Result<Vec<Shown>, Error> {
     let mut all = Vec::new();
     for (namespace, dir) in everywhere(global)? {
         match dir.load() {
+            // In the VM of another.
+            Ok(state) if state.sandbox.is_some() => {}
             Ok(state) => all.push(Shown::of(state, namespace.as_deref())),
             // It is being made, or was removed while we looked.
             Err(state::Error::Missing { .. } | state::Error::Unfinished(_)) => {}
@@ -146,7 +148,13 @@ fn everywhere(global: &Global) -> Result<Vec<(Option<String>, StateDir)>, Error>
 pub fn find(global: &Global, id: &str) -> Result<StateDir, Error> {
     match StateDir::open(&global.root, id) {
         Err(state::Error::Missing { .. }) => {}
-        other => return Ok(other?),
+        found => {
+            let dir = found?;
+            return match dir.load() {
+                Ok(State { sandbox: Some(sandbox), .. }) => Ok(StateDir::open(&global.root, &sandbox)?),
+                _ => Ok(dir),
+            };
+        }
     }
     let is_it = |dir: &StateDir| dir.path().file_name().is_some_and(|name| name == id);
     match everywhere(global)?.into_iter().find(|(_, dir)| is_it(dir)) {

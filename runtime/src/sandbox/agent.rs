@@ -128,15 +128,15 @@ impl Agent {
         call(self.0.make_volume(context(), request)).await.map(drop)
     }
 
-    /// Creates a container.
-    pub async fn create(&self, id: &str, spec: Vec<u8>, stdio: [bool; 3]) -> Result<(), Error> {
+    /// Creates a container. Returns the pid of its init in the guest.
+    pub async fn create(&self, id: &str, spec: Vec<u8>, stdio: [bool; 3]) -> Result<u32, Error> {
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec,
             stdio: Some(streams(stdio)).into(),
             ..Default::default()
         };
-        call(self.0.create_container(context(), &request)).await.map(drop)
+        call(self.0.create_container(context(), &request)).await.map(|reply| reply.pid)
     }
 
     /// Lets its workload run.

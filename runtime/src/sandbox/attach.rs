@@ -1,4 +1,5 @@
-//! The host process of an exec, or of a program that is let into the guest: carries its streams, passes signals and window sizes on, and learns how it ended.
+//! The host process of an exec, of a container in another's VM, or of a program that is let into the guest: carries its
+//! streams, passes signals and window sizes on, and learns how it ended.
 //!
 //! It holds no sandbox logic: the supervisor asks the agent, and gives this process the guest's streams. When this
 //! process dies, the supervisor kills the one it stands for.
@@ -32,53 +33,63 @@ pub struct Exec<'a> {
     pub cgroup: String,
 }
 
+/// Where the streams of a process lead on the host.
+pub struct Ends<'a> {
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    /// Where the terminal's other end goes, if not to this process's own.
+    pub console_socket: Option<&'a Path>,
+    /// Rows and columns of a new terminal.
+    pub size: Option<(u16, u16)>,
+    /// Whether nobody waits for this process's own streams.
+    pub detach: bool,
+}
+
 /// Runs a process in a container. `ready` is called once it runs.
 pub fn exec(
     talk: Conversation,
     exec: Exec,
     ready: impl FnOnce() -> Result<(), Error>,
 ) -> Result<Exit, Error> {
-    let pid = std::process::id() as i32;
     let Exec { process, terminal, console_socket, detach, ignore_paused, cgroup } = exec;
+    let process = control::attachment(&process).map_err(|e| Error::Os("send the process", e))?;
+    let pid = std::process::id() as i32;
+    let ends = Ends { terminal, console_socket, size: None, detach };
     let request = |stdio| Request::Exec { pid, stdio, ignore_paused, cgroup };
-    let streams = Streams { terminal, console_socket, detach };
-    stand_for(talk, request, &process, streams, ready)
+    stand_for(talk, ends, request, vec![process], ready)
 }
 
 /// Runs a program in a sandbox's guest, outside of its containers: `message` is an `EnterRequest`.
 pub fn enter(talk: Conversation, message: &[u8], terminal: bool) -> Result<Exit, Error> {
-    let streams = Streams { terminal, console_socket: None, detach: false };
-    stand_for(talk, |stdio| Request::Enter { stdio }, message, streams, || Ok(()))
+    let message = control::attachment(message).map_err(|e| Error::Os("send the program", e))?;
+    let ends = Ends { terminal, console_socket: None, size: None, detach: false };
+    stand_for(talk, ends, |stdio| Request::Enter { stdio }, vec![message], || Ok(()))
 }
 
-/// Where a process's streams lead.
-struct Streams<'a> {
-    terminal: bool,
-    console_socket: Option<&'a Path>,
-    detach: bool,
-}
-
-/// Asks for a process, with what is to be said of it, and stands for it until it has ended.
-fn stand_for(
+/// Is the process of the host for one of the guest, which the supervisor makes on this request with these descriptors.
+/// `ready` is called once there is one.
+pub fn stand_for(
     talk: Conversation,
+    ends: Ends,
     request: impl FnOnce([bool; 3]) -> Request,
-    message: &[u8],
-    streams: Streams,
+    fds: Vec<OwnedFd>,
     ready: impl FnOnce() -> Result<(), Error>,
 ) -> Result<Exit, Error> {
     let os = |what| move |e: io::Error| Error::Os(what, e);
     let signals = Signals::block().map_err(os("block signals"))?;
-    let mut stdio = match (streams.terminal, streams.console_socket) {
+    let mut stdio = match (ends.terminal, ends.console_socket) {
         (false, _) => HostStdio::inherited().map_err(os("use the standard streams"))?,
         (true, None) => HostStdio::own_terminal()?,
-        (true, Some(socket)) => HostStdio::console_socket(socket, None)?,
+        (true, Some(socket)) => HostStdio::console_socket(socket, ends.size)?,
     };
-    if streams.detach {
+    if ends.detach {
         release_inherited().map_err(os("let go of the standard streams"))?;
     }
     let wanted = stdio.wanted();
-    let message = control::attachment(message).map_err(os("send the process"))?;
-    talk.send(&request(wanted), &[message.as_fd()]).map_err(os("talk to the supervisor"))?;
+    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    talk.send(&request(wanted), &borrowed).map_err(os("talk to the supervisor"))?;
+    drop(borrowed);
+    drop(fds);
     let streams = match talk.recv().map_err(os("talk to the supervisor"))? {
         Some((Reply::Started, fds)) => place(wanted, fds),
         Some((Reply::Failed { message }, _)) => {

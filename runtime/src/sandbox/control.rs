@@ -7,8 +7,10 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
@@ -24,7 +26,7 @@ use crate::state::{CONTROL_SOCKET, StateDir};
 
 /// Longest packet in bytes; the longest message is an error.
 pub const MAX_MESSAGE: usize = 16 * 1024;
-/// Most descriptors with one packet: the three streams of an exec.
+/// Most descriptors with one packet: three streams.
 const MAX_FDS: usize = 3;
 /// Most bytes of a file in memory that are read: what the agent's contract carries at most in one message.
 const MAX_ATTACHMENT: u64 = 4 << 20;
@@ -54,9 +56,12 @@ pub enum Request {
     Enter { stdio: [bool; 3] },
     /// List the processes of the host that stand for execs.
     Execs,
-    /// In the conversation of an exec, or of who has entered: a signal for its process.
+    /// Create a further container in the VM, of which there is a state directory already. What comes with it: its
+    /// bundle as an attachment, the mount and the network namespace of the command.
+    Create { id: String, stdio: [bool; 3] },
+    /// In the conversation of an exec, of a further container or of who has entered: a signal for its process.
     Signal { signal: i32 },
-    /// In the same: the size of its terminal.
+    /// In such a conversation: the size of its terminal.
     Resize { rows: u16, columns: u16 },
 }
 
@@ -74,7 +79,7 @@ pub enum Reply {
     Execs,
     /// What it uses comes as an attachment, in the shape of runc's `events`.
     Stats,
-    /// The exec's process runs; the streams that were asked for come with it.
+    /// The exec's process runs, or the container is created; the streams that were asked for come with it.
     Started,
     /// It has ended.
     Exited { code: u8, signal: i32 },
@@ -135,7 +140,20 @@ impl Conversation {
         receive(self.0.as_fd(), MsgFlags::empty())
     }
 
-    /// The same for a task. Needs a runtime around it.
+    /// Waits until the other side is gone, at most for `timeout`; whether it is.
+    pub fn ended_within(&self, timeout: Duration) -> bool {
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        loop {
+            match poll(&mut fds, timeout) {
+                Err(Errno::EINTR) => {}
+                Ok(n) => return n > 0,
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// This for a task. Needs a runtime around it.
     pub fn into_async(self) -> io::Result<AsyncConversation> {
         Ok(AsyncConversation(register(self, Interest::READABLE)?))
     }

@@ -1,4 +1,5 @@
-//! A process of the guest and the command on the host that stands for it: an exec's, or one that has been let in.
+//! A process of the guest and the command on the host that stands for it: an exec's, a container's, or one that has been
+//! let in.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -8,6 +9,7 @@ use stockade_agent_protocol::GUEST;
 use stockade_agent_protocol::messages::EnterRequest;
 
 use super::Sandbox;
+use super::agent::{self, Exit};
 use super::control::{self, AsyncConversation, Reply, Request};
 
 /// Why a sandbox is not entered, with what to do.
@@ -39,26 +41,41 @@ pub async fn enter(
 pub async fn follow(
     sandbox: &Sandbox,
     talk: &AsyncConversation,
-    (id, exec_id): (&str, &str),
+    ids: (&str, &str),
     streams: [Option<OwnedFd>; 3],
 ) -> Result<(), String> {
+    let alive = begun(talk, streams);
+    let exit = until_exit(sandbox, talk, ids, alive).await.map_err(|e| e.to_string())?;
+    let _ = talk.send(&Reply::Exited { code: exit.code, signal: exit.signal }, &[]);
+    Ok(())
+}
+
+/// Tells a command that its process is there, with its streams; false if nobody hears it.
+pub fn begun(talk: &AsyncConversation, streams: [Option<OwnedFd>; 3]) -> bool {
+    let fds: Vec<_> = streams.iter().flatten().map(|fd| fd.as_fd()).collect();
+    talk.send(&Reply::Started, &fds).is_ok()
+}
+
+/// Passes on what a command sends to its process, and kills that when the command is gone. An empty `exec_id` is the
+/// container's init, and dies with all of it.
+pub async fn until_exit(
+    sandbox: &Sandbox,
+    talk: &AsyncConversation,
+    (id, exec_id): (&str, &str),
+    mut alive: bool,
+) -> Result<Exit, agent::Error> {
     let agent = &sandbox.agent;
     let kill = async || {
-        let _ = agent.signal(id, exec_id, Signal::SIGKILL as i32, false).await;
+        let _ = agent.signal(id, exec_id, Signal::SIGKILL as i32, exec_id.is_empty()).await;
     };
-    let fds: Vec<_> = streams.iter().flatten().map(|fd| fd.as_fd()).collect();
-    let told = talk.send(&Reply::Started, &fds);
-    drop(streams);
-
     let exit = agent.wait(id, exec_id);
     let mut exit = std::pin::pin!(exit);
-    let mut alive = told.is_ok();
     if !alive {
         kill().await;
     }
-    let exit = loop {
+    loop {
         tokio::select! {
-            exit = &mut exit => break exit.map_err(|e| e.to_string())?,
+            exit = &mut exit => return exit,
             packet = talk.recv::<Request>(), if alive => match packet {
                 Ok(Some((Request::Signal { signal }, _))) => {
                     let _ = agent.signal(id, exec_id, signal, false).await;
@@ -74,7 +91,5 @@ pub async fn follow(
                 }
             },
         }
-    };
-    let _ = talk.send(&Reply::Exited { code: exit.code, signal: exit.signal }, &[]);
-    Ok(())
+    }
 }

@@ -5,7 +5,8 @@
 //! because the VMM was started in the mount namespace in which they are mounted.
 //!
 //! [`Sandbox`] is the VM with what the host shows it. Who uses it says what runs in it and when it ends: [`single`]
-//! for the command line, whose sandboxes have one container.
+//! for the command line, whose sandboxes are made for one container; those that share namespaces with it come in by
+//! [`join`].
 
 mod adopt;
 pub mod agent;
@@ -13,8 +14,11 @@ pub mod attach;
 mod boot;
 pub mod cgroup;
 pub mod console;
+mod container;
 pub mod control;
 mod enter;
+mod further;
+pub mod join;
 pub mod launch;
 mod meter;
 mod oom_score;
@@ -33,6 +37,7 @@ pub mod terminal;
 pub mod timeline;
 mod view;
 mod vmm;
+pub mod volumes;
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, Read};
@@ -125,6 +130,9 @@ pub enum Error {
     /// the VM ended before its container
     #[error("{what}")]
     VmEnded { what: String, console: Vec<String> },
+    /// of what is shared with another container
+    #[error(transparent)]
+    Join(#[from] join::Error),
     /// a signal came before there was anything to pass it on to
     #[error("interrupted by {0} before the container was created")]
     Interrupted(nix::sys::signal::Signal),
@@ -202,6 +210,19 @@ impl Sandbox {
         Ok(self.share.add(bundle, binds)?)
     }
 
+    /// Does `work` where things can be put into the share and taken out: what this process shows instead is no place for
+    /// that.
+    fn with_share<T: Send>(&self, work: impl FnOnce(&Share) -> Result<T, Error> + Send) -> Result<T, Error> {
+        let view = self.view.borrow();
+        let (Some(view), share) = (&*view, &self.share) else { return work(&self.share) };
+        // A thread of its own, because a namespace is entered for good.
+        let there = || view.before().map_err(Error::View).and_then(|()| work(share));
+        std::thread::scope(|scope| match scope.spawn(there).join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    }
+
     /// Has a container's word count on how soon the host may take the VM's memory.
     pub fn add_oom_score(&self, spec: &Spec) {
         self.oom_score.add(self.vmm.id(), spec);
@@ -210,14 +231,16 @@ impl Sandbox {
     /// Takes parts of the share away again, such as a container's files, which are in a directory of its name. As long
     /// as the guest knows files of them the host keeps them, so it is made to forget.
     pub async fn unshare(&self, parts: &[PathBuf]) -> Result<(), Error> {
-        parts.iter().for_each(|part| self.share.remove(part));
+        self.with_share(|share| {
+            parts.iter().for_each(|part| share.remove(part));
+            Ok(())
+        })?;
         let paths = parts.iter().map(|part| part.display().to_string()).collect();
         let forgotten = self.agent.forget(paths).await;
         forgotten.map_err(|source| Error::Agent { what: "have the guest forget files", source })
     }
 
-    /// Lets who enters this process's mount namespace find a container's files there and no others. Nothing can be
-    /// put into the share afterwards.
+    /// Lets who enters this process's mount namespace find a container's files there and no others.
     pub fn show(&self, shown: &Shown) -> Result<(), Error> {
         let view = View::enter(self.share.path(), shown)?;
         self.timeline.mark("view_entered");
@@ -288,17 +311,7 @@ impl Sandbox {
 
     /// Runs hooks outside of this process's namespaces; `state` is what they read.
     pub async fn run_hooks(&self, kind: &'static str, list: &[Hook], state: Vec<u8>) -> Result<(), Error> {
-        if list.is_empty() {
-            return Ok(());
-        }
-        let list = list.to_vec();
-        let outside = self.outside.iter().map(|fd| fd.try_clone()).collect::<io::Result<Vec<_>>>();
-        let outside = outside.map_err(|e| Error::Os("keep the namespaces for hooks", e))?;
-        let run = move || hooks::run(kind, &list, &state, &outside);
-        match tokio::task::spawn_blocking(run).await {
-            Ok(result) => Ok(result?),
-            Err(e) => Err(Error::Os("run hooks", io::Error::other(e))),
-        }
+        run_hooks_in(&self.outside, kind, list, state).await
     }
 
     /// Has here what the host shows at these paths, while the answer lives.
@@ -451,6 +464,26 @@ impl Sandbox {
         let mut console = self.console.lines();
         console.drain(..console.len().saturating_sub(CONSOLE_LINES));
         Error::VmEnded { what, console }
+    }
+}
+
+/// Runs hooks in these namespaces, beside what else this process does.
+async fn run_hooks_in(
+    namespaces: &[OwnedFd],
+    kind: &'static str,
+    list: &[Hook],
+    state: Vec<u8>,
+) -> Result<(), Error> {
+    if list.is_empty() {
+        return Ok(());
+    }
+    let list = list.to_vec();
+    let namespaces = namespaces.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
+    let namespaces = namespaces.map_err(|e| Error::Os("keep the namespaces for hooks", e))?;
+    let run = move || hooks::run(kind, &list, &state, &namespaces);
+    match tokio::task::spawn_blocking(run).await {
+        Ok(result) => Ok(result?),
+        Err(e) => Err(Error::Os("run hooks", io::Error::other(e))),
     }
 }
 

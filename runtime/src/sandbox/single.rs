@@ -12,6 +12,8 @@ use tokio::task::LocalSet;
 
 use super::agent::Exit;
 use super::cgroup::{self, Membership};
+use super::container::Container;
+use super::join::{self, Host};
 use super::reservation::Reservation;
 use super::signals::Signals;
 use super::stdio::{self, HostStdio};
@@ -35,6 +37,8 @@ pub struct Launch {
     pub root: PathBuf,
     /// What runs.
     pub bundle: Bundle,
+    /// In whose VM, if not in one of its own.
+    pub with: Option<Host>,
     /// Directory in the image store that goes with the container.
     pub scratch: Option<PathBuf>,
     /// How.
@@ -70,7 +74,10 @@ pub fn run(
     mode: Mode,
     ready: impl FnOnce() -> Result<(), Error> + 'static,
 ) -> Result<Exit, Error> {
-    let result = run_to_its_end(launch, mode, ready);
+    let result = match launch.with {
+        None => run_to_its_end(launch, mode, ready),
+        Some(_) => join::run(launch, mode, ready),
+    };
     if let Some(part) = result.as_ref().err().and_then(Error::part) {
         records::append(&Record::Failed(part.into()));
     }
@@ -98,9 +105,9 @@ fn run_to_its_end(
     let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), network, cgroup.as_ref(), timeline)?;
 
     // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
-    let first = first_state(&id, &bundle, size, spawned.vmm_process()?)?;
+    let first = first_state(&id, &bundle, size)?;
     let own_cgroup = cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
-    let state = State { scratch, cgroup: own_cgroup, ..first };
+    let state = State { vmm: Some(spawned.vmm_process()?), scratch, cgroup: own_cgroup, ..first };
     let reservation = Reservation::new(StateDir::create(&root, &id)?);
     reservation.dir().save(&state)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -127,7 +134,8 @@ fn run_to_its_end(
 
     let local = LocalSet::new();
     let outcome = local.block_on(&runtime, async {
-        let supervisor = Supervisor::new(sandbox, reservation.dir(), state);
+        let container = Container::first(sandbox, reservation.dir(), state, &adapted.binds);
+        let supervisor = Supervisor::new(container);
         let wanted = stdio.wanted();
         let first_byte = supervisor.first_byte_mark();
         let relays = stdio.relay(streams, first_byte).map_err(os("relay the standard streams"))?;
@@ -170,7 +178,8 @@ fn open_stdio(bundle: &Bundle, console_socket: Option<&Path>) -> Result<HostStdi
     }
 }
 
-fn first_state(id: &str, bundle: &Bundle, size: VmSize, vmm: ProcessId) -> Result<State, Error> {
+/// What is known of a container of this process before anything is made.
+pub(super) fn first_state(id: &str, bundle: &Bundle, size: VmSize) -> Result<State, Error> {
     let supervisor = ProcessId::current().map_err(|e| Error::Os("read /proc/self/stat", e))?;
     let annotations = bundle.spec.annotations().iter().flatten();
     Ok(State {
@@ -178,7 +187,8 @@ fn first_state(id: &str, bundle: &Bundle, size: VmSize, vmm: ProcessId) -> Resul
         id: id.into(),
         status: Status::Creating,
         supervisor,
-        vmm: Some(vmm),
+        vmm: None,
+        sandbox: None,
         bundle: bundle.path.clone(),
         rootfs: bundle.rootfs.clone(),
         created: crate::clock::now_rfc3339(),

@@ -128,12 +128,17 @@ impl View {
         })
     }
 
-    /// Goes back, so that nothing of the container's files is held any longer.
-    pub fn leave(self) {
+    /// Takes this thread to where the process was before.
+    pub fn before(&self) -> Result<(), Error> {
         // Only a thread that shares its root directory with no other may go.
         let gone = unshare(CloneFlags::CLONE_FS).and_then(|()| setns(&self.before, CloneFlags::CLONE_NEWNS));
-        if let Err(e) = gone {
-            tracing::warn!("cannot leave the mount namespace that shows the container's files: {e}");
+        gone.map_err(failed("go back to the one before"))
+    }
+
+    /// Goes back, so that nothing of the container's files is held any longer.
+    pub fn leave(self) {
+        if let Err(e) = self.before() {
+            tracing::warn!("{e}");
         }
     }
 }

@@ -29,7 +29,6 @@ mod start;
 mod stats;
 mod stdio;
 mod task;
-mod volumes;
 
 use std::ffi::OsStr;
 use std::io::{self, Write};

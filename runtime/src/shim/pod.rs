@@ -25,12 +25,12 @@ use super::process::{Exited, Process, Stage};
 use super::role::Role;
 use super::stdio::Paths;
 use super::task::Container;
-use super::volumes::Volumes;
 use crate::bundle::pod::Shared;
 use crate::printable::error_line;
 use crate::records::{self, Record};
 use crate::sandbox::agent::{self, Exit};
 use crate::sandbox::stdio::Relays;
+use crate::sandbox::volumes::Volumes;
 use crate::sandbox::{self, Sandbox};
 use crate::size::VmSize;
 

@@ -41,7 +41,7 @@ const PARTS: &[&[&str]] = &[
     &["containerd::"],
     &["stdio::"],
     &["failure::"],
-    &["lifecycle::"],
+    &["lifecycle::", "shared::"],
     &["mounts::"],
     &["fields::"],
     &["commands::"],

@@ -1,4 +1,4 @@
-//! The volumes of a pod: what its containers mount, once each in the share.
+//! The volumes of a VM's containers: what they mount, once each in the share.
 //!
 //! The guest takes two bind mounts of one directory for two file systems: what one container maps or binds a socket
 //! to, another would not find there. So containers that mount the same directory in the same way get the same one.
@@ -60,6 +60,12 @@ impl Volumes {
         Self { empty_dirs, in_memory, ..Self::default() }
     }
 
+    /// Learns of what has a place in the share already.
+    pub fn know(&mut self, bind: &Bind, container: &str) {
+        let file = identity(&bind.source);
+        self.all.push(Volume { bind: bind.clone(), file, users: [container.into()].into() });
+    }
+
     /// Finds the place of what a container mounts. What the guest is to make for that is added to `wanted`.
     pub fn place(&mut self, bind: Bind, container: &str, wanted: &mut Vec<MakeVolumeRequest>) -> Placed {
         let in_memory = self.in_memory.as_mut().and_then(|all| all.place(&bind.source, container));
@@ -67,7 +73,7 @@ impl Volumes {
             wanted.push(request);
             return Placed::InGuest(path);
         }
-        let file = fs::metadata(&bind.source).ok().map(|found| (found.dev(), found.ino()));
+        let file = identity(&bind.source);
         let source = bind.source.to_string_lossy();
         let is_pods_own = self.empty_dirs.as_ref().is_some_and(|dirs| source.contains(dirs));
         let readonly = if is_pods_own { ReadOnly::No } else { bind.readonly };
@@ -99,6 +105,11 @@ impl Volumes {
         });
         unused
     }
+}
+
+/// Which file it is: device and inode.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 #[cfg(test)]
