@@ -69,6 +69,8 @@ pub struct Lab {
     pub env: Vec<(String, String)>,
     /// Folder that receives what the command leaves in /out.
     pub out: Option<PathBuf>,
+    /// File that gets the command's standard output too, as it comes: all of it is there when the lab dies.
+    pub stdout: Option<PathBuf>,
     /// File for the console of the host; without it only an error shows its end.
     pub console_log: Option<PathBuf>,
     /// Whether this process's standard input goes to the command.
@@ -89,6 +91,7 @@ impl Default for Lab {
             payload: Payload::new(),
             env: Vec::new(),
             out: None,
+            stdout: None,
             console_log: None,
             input: false,
             terminal: false,
@@ -126,6 +129,10 @@ impl Lab {
             Some(path) => Some(File::create(path).map_err(io_error("write the console's log"))?),
             None => None,
         };
+        let stdout = match &self.stdout {
+            Some(path) => Some(File::create(path).map_err(io_error("keep the command's output"))?),
+            None => None,
+        };
         let terminal = match self.terminal {
             true => Some(Terminal::take().map_err(io_error("use this terminal"))?),
             false => None,
@@ -138,6 +145,7 @@ impl Lab {
             writer: Arc::new(Mutex::new(writer)),
             reader: Reader::default(),
             console: Console { text: String::new(), log },
+            stdout,
             out: None,
             terminal,
             started,
@@ -182,6 +190,7 @@ struct Session<'a> {
     writer: Arc<Mutex<UnixStream>>,
     reader: Reader,
     console: Console,
+    stdout: Option<File>,
     out: Option<(Child, ChildStdin)>,
     terminal: Option<Terminal>,
     started: Instant,
@@ -309,8 +318,13 @@ impl Session<'_> {
         match kind {
             Kind::Alive => {}
             Kind::Ready => self.start_command()?,
-            // Whoever reads this process's output may stop doing so (`| head`); the command goes on.
-            Kind::Stdout => drop(io::stdout().write_all(body).and_then(|()| io::stdout().flush())),
+            Kind::Stdout => {
+                if let Some(file) = &mut self.stdout {
+                    file.write_all(body).map_err(io_error("keep the command's output"))?;
+                }
+                // Whoever reads this process's output may stop doing so (`| head`); the command goes on.
+                let _ = io::stdout().write_all(body).and_then(|()| io::stdout().flush());
+            }
             Kind::Stderr => drop(io::stderr().write_all(body)),
             Kind::Out => self.unpack(body).map_err(io_error("unpack /out"))?,
             Kind::Exit => {
