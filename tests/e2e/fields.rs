@@ -15,6 +15,7 @@ pub const CASES: &[Case] = &[
     case!(missing_working_directory_is_made),
     case!(names_that_are_not_given_are_the_hosts),
     case!(mount_options_mean_what_they_mean_to_runc),
+    case!(an_overlay_of_the_hosts_directories),
     case!(read_only_paths_keep_their_other_flags),
     case!(read_only_dev),
     case!(tmpfs_is_filled_from_the_root),
@@ -147,6 +148,47 @@ fn mount_options_mean_what_they_mean_to_runc() {
         let ended = Runtime::under_test().run(&bundle.writable()).code(0);
         assert_eq!(ended.text(), "file\ntext\n");
         assert!(ended.stderr.contains("Too many levels of symbolic links"), "{ended:?}");
+    }
+}
+
+fn an_overlay_of_the_hosts_directories() {
+    let source = host_scratch();
+    let place = |name: &str| source.path().join(name);
+    for name in ["one", "two", "upper-runc", "work-runc", "upper", "work"] {
+        fs::create_dir(place(name)).unwrap();
+    }
+    fs::write(place("one/file"), "of one\n").unwrap();
+    fs::write(place("two/file"), "hidden\n").unwrap();
+    fs::write(place("two/old"), "old\n").unwrap();
+    let script = "
+        cat /rw/file /rw/old; echo changed > /rw/old; rm /rw/file; echo new > /rw/new; ls /rw; cat /ro/file
+        touch /ro/x /ro2/x 2>/dev/null || echo no
+        for dir in ro rw; do awk -v d=/$dir '$5==d{print $6}' /proc/self/mountinfo | grep -o noexec; done; true";
+    let lower = format!("lowerdir={}:{}", place("one").display(), place("two").display());
+    let bundle = |of: &str| {
+        let upper = format!("{lower},upperdir={}", place(&format!("upper{of}")).display());
+        let work = format!("workdir={}", place(&format!("work{of}")).display());
+        Bundle::sh(script)
+            .writable()
+            .mount("/ro", "overlay", "overlay", &[&lower, "noexec"])
+            .mount("/ro2", "overlay", "overlay", &[&lower, "ro"])
+            .mount("/rw", "overlay", "overlay", &[&upper, &work, "private"])
+    };
+    let expected = "of one\nold\nnew\nold\nof one\nno\nnoexec\n";
+    assert_eq!(under_runc(&bundle("-runc")).ok(), expected);
+    assert_eq!(Runtime::under_test().run(&bundle("")).ok(), expected);
+    for upper in ["upper-runc", "upper"] {
+        assert_eq!(fs::read_to_string(place(upper).join("new")).unwrap(), "new\n");
+    }
+    assert_eq!(fs::read_to_string(place("two/old")).unwrap(), "old\n");
+    if Runtime::under_test().is_stockade() {
+        for (options, named) in
+            [("ro", "mounts[7].options"), ("lowerdir=/no/such:/etc", "lowerdir=/no/such:/etc")]
+        {
+            let bundle = Bundle::sh("true").writable().mount("/x", "overlay", "overlay", &[options]);
+            let reason = Runtime::under_test().run(&bundle).refused();
+            assert!(reason.contains(named), "{reason}");
+        }
     }
 }
 

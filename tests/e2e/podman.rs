@@ -157,6 +157,14 @@ fn options_of_run_reach_the_workload() {
     assert_eq!(fs::read_to_string(volume.join("new")).unwrap(), "new\n");
     assert!(podman.dir().join("root/volumes/named/_data/new").exists());
 
+    // Both are overlays that the runtime is to mount.
+    let overlay = format!("{}:/over:O", volume.display());
+    let image = format!("type=image,src={PODMAN_IMAGE},dst=/image,rw=true");
+    let script = "cat /over/new; rm /over/new; touch /image/new; ls /image/bin/busybox";
+    let said = podman.run(&["--volume", &overlay, "--mount", &image], script).ok();
+    assert_eq!(said, "new\n/image/bin/busybox\n");
+    assert!(volume.join("new").exists());
+
     let secret = podman.dir().join("secret");
     fs::write(&secret, "s3cret").unwrap();
     podman.podman(&["secret", "create", "word", &secret.display().to_string()]).code(0);

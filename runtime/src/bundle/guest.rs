@@ -15,14 +15,16 @@ use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResource
 use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_SHM, SHARE_MOUNT_POINT};
 
 use super::pod::is_shm;
-use super::validate::is_bind;
-use super::{Bundle, Error};
+use super::validate::{is_bind, is_overlay};
+use super::{Bundle, Error, MOUNT_OPTIONS};
 
-/// One bind mount into the share.
+/// One bind mount into the share, or an overlay of the host's directories that is mounted there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
-    /// Absolute path on the host.
+    /// Absolute path on the host; of an overlay its name.
     pub source: PathBuf,
+    /// The options of an overlay; nothing for a bind mount.
+    pub overlay: Option<String>,
     /// Below the share directory.
     pub target: PathBuf,
     /// With what is mounted below the source.
@@ -109,6 +111,7 @@ pub fn adapt_with(
     let rootfs = base.join("rootfs");
     let mut binds = vec![Bind {
         source: bundle.rootfs.clone(),
+        overlay: None,
         target: rootfs.clone(),
         recursive: true,
         readonly: if bundle.readonly_root() { ReadOnly::Top } else { ReadOnly::No },
@@ -127,7 +130,8 @@ pub fn adapt_with(
             is_dir: true,
             is_proc: mount.typ().as_deref() == Some("proc"),
         };
-        if !is_bind(mount) {
+        let overlay = is_overlay(mount).then(|| overlay_options(mount));
+        if !is_bind(mount) && overlay.is_none() {
             mounts.push(shown);
             continue;
         }
@@ -136,10 +140,17 @@ pub fn adapt_with(
             mounts.push(shown);
             continue;
         }
-        let source = bundle.path.join(mount.source().as_deref().unwrap_or(Path::new("")));
-        shown.is_dir = source.is_dir();
+        let source = match overlay {
+            Some(_) => "overlay".into(),
+            None => bundle.path.join(mount.source().as_deref().unwrap_or(Path::new(""))),
+        };
+        shown.is_dir = overlay.is_some() || source.is_dir();
+        if overlay.is_some() {
+            bind_instead(mount);
+        }
         let placed = place(Bind {
             source,
+            overlay,
             target: base.join("mounts").join(number.to_string()),
             recursive: is_recursive(mount),
             readonly: readonly(mount),
@@ -242,6 +253,7 @@ fn adapt_hooks(spec: &Spec, base: &Path, binds: &mut Vec<Bind>) -> Option<Hooks>
         let target = base.join("hooks").join(index.to_string());
         binds.push(Bind {
             source: hook.path().clone(),
+            overlay: None,
             target: target.clone(),
             recursive: false,
             readonly: ReadOnly::Top,
@@ -303,6 +315,23 @@ pub(crate) fn unescape(field: &str) -> PathBuf {
     PathBuf::from(OsString::from_vec(bytes))
 }
 
+/// What the file system itself is told of an overlay mount: all that is no flag, attribute or propagation.
+fn overlay_options(mount: &Mount) -> String {
+    let options = mount.options().iter().flatten().map(String::as_str);
+    options.filter(|option| !of_any_mount(option)).collect::<Vec<_>>().join(",")
+}
+
+/// Makes of an overlay mount what the guest has to do: bind what the host has mounted.
+fn bind_instead(mount: &mut Mount) {
+    let options = mount.options().iter().flatten().filter(|option| of_any_mount(option)).cloned();
+    let options = options.chain(["rbind".into()]).collect();
+    mount.set_typ(Some("bind".into())).set_options(Some(options));
+}
+
+fn of_any_mount(option: &str) -> bool {
+    MOUNT_OPTIONS.contains(&option) || option == "shared" || option == "rshared"
+}
+
 fn is_recursive(mount: &Mount) -> bool {
     mount.options().iter().flatten().any(|option| option == "rbind")
 }
@@ -361,6 +390,24 @@ mod tests {
         }
         assert!(adapted.binds[1].source.is_absolute() && adapted.binds[1].source.ends_with("rootfs"));
         assert_eq!(spec["mounts"][3]["options"], json!(["rbind", "rro", "rslave"]));
+    }
+
+    #[test]
+    fn an_overlay_is_mounted_on_the_host_and_bound_in_the_guest() {
+        let (adapted, spec) = adapted(json!({"mounts": [{
+            "destination": "/a", "type": "overlay", "source": "overlay",
+            "options": ["lowerdir=/etc:/usr,index=off", "ro", "nosuid", "private", "userxattr"],
+        }]}));
+        let bind = &adapted.binds[1];
+        assert_eq!(bind.overlay.as_deref(), Some("lowerdir=/etc:/usr,index=off,userxattr"));
+        assert_eq!((bind.readonly, bind.follows), (ReadOnly::Top, false));
+        assert_eq!(
+            spec["mounts"][0],
+            json!({
+                "destination": "/a", "type": "bind", "source": "/run/stockade/share/c1/mounts/0",
+                "options": ["ro", "nosuid", "private", "rbind"],
+            })
+        );
     }
 
     #[test]

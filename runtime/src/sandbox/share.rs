@@ -39,6 +39,9 @@ pub enum Error {
     /// a root or a volume cannot be put into it
     #[error("cannot bind {source_path} into the share: {error}")]
     Bind { source_path: PathBuf, error: io::Error },
+    /// an overlay cannot be mounted in it
+    #[error("cannot mount an overlay with the options {options:?}: {error}")]
+    Overlay { options: String, error: io::Error },
     /// a mount point that the read-only root needs cannot be made
     #[error("cannot make the mount point {0} in the read-only root filesystem: {1}")]
     MountPoint(PathBuf, #[source] io::Error),
@@ -118,10 +121,17 @@ impl Share {
     pub fn bind(&self, bind: &Bind) -> Result<(), Error> {
         let failed = |error: io::Error| Error::Bind { source_path: bind.source.clone(), error };
         let target = self.path.join(&bind.target);
-        self.make_mount_point(&bind.source, &target).map_err(failed)?;
         let recursive = if bind.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
-        mount(Some(&bind.source), &target, None::<&str>, MsFlags::MS_BIND | recursive, None::<&str>)
-            .map_err(|e| failed(e.into()))?;
+        match &bind.overlay {
+            Some(options) => mount_overlay(&bind.source, &target, options)
+                .map_err(|error| Error::Overlay { options: options.clone(), error })?,
+            None => {
+                self.make_mount_point(&bind.source, &target).map_err(failed)?;
+                let flags = MsFlags::MS_BIND | recursive;
+                mount(Some(&bind.source), &target, None::<&str>, flags, None::<&str>)
+                    .map_err(|e| failed(e.into()))?;
+            }
+        }
         if !bind.follows {
             let flags = MsFlags::MS_PRIVATE | recursive;
             mount(None::<&str>, &target, None::<&str>, flags, None::<&str>).map_err(|e| failed(e.into()))?;
@@ -156,6 +166,11 @@ impl Drop for Share {
     fn drop(&mut self) {
         self.unmount();
     }
+}
+
+fn mount_overlay(name: &Path, target: &Path, options: &str) -> io::Result<()> {
+    DirBuilder::new().mode(0o755).recursive(true).create(target)?;
+    Ok(mount(Some(name), target, Some("overlay"), MsFlags::empty(), Some(options))?)
 }
 
 /// Unmounts what is mounted in a tree of mount points and removes them. It never goes down into a mount.
@@ -369,7 +384,14 @@ pub(crate) mod tests {
             let share = Share::mount(inside.clone()).unwrap();
             let bind = |source: PathBuf, target: &str, readonly| {
                 share
-                    .bind(&Bind { source, target: target.into(), recursive: true, readonly, follows: true })
+                    .bind(&Bind {
+                        source,
+                        overlay: None,
+                        target: target.into(),
+                        recursive: true,
+                        readonly,
+                        follows: true,
+                    })
                     .unwrap();
             };
             bind(host.clone(), "c/rootfs", ReadOnly::Top);

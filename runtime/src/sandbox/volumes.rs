@@ -117,7 +117,14 @@ mod tests {
     use super::*;
 
     fn bind(source: &Path, readonly: ReadOnly) -> Bind {
-        Bind { source: source.into(), target: "c/mounts/0".into(), recursive: true, readonly, follows: false }
+        Bind {
+            source: source.into(),
+            overlay: None,
+            target: "c/mounts/0".into(),
+            recursive: true,
+            readonly,
+            follows: false,
+        }
     }
 
     fn place(volumes: &mut Volumes, bind: Bind, container: &str) -> (PathBuf, Option<Bind>) {

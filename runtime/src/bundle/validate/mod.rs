@@ -18,7 +18,7 @@ use linux::check_linux;
 pub(super) use linux::check_sysctl;
 use mounts::check_mount;
 
-pub use mounts::{check_kernel_mount_points, check_mount_sources, is_bind};
+pub use mounts::{check_kernel_mount_points, check_mount_sources, is_bind, is_overlay};
 pub use process::check_process;
 
 /// Checks everything that needs no look at the host.

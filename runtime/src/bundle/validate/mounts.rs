@@ -20,6 +20,11 @@ pub fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
+/// Whether a mount is an overlay of directories, which are the host's.
+pub fn is_overlay(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("overlay") && !is_bind(mount)
+}
+
 pub(super) fn check_mount(index: usize, mount: &Mount, can_mount: bool) -> Result<(), Error> {
     let field = |name: &str| format!("mounts[{index}].{name}");
     if mount.destination().as_os_str().is_empty() {
@@ -47,6 +52,7 @@ pub(super) fn check_mount(index: usize, mount: &Mount, can_mount: bool) -> Resul
         );
     }
     match mount.typ().as_deref() {
+        Some("overlay") => check_overlay_options(&field("options"), mount, can_mount),
         Some(typ) if FILE_SYSTEMS.contains(&typ) => Ok(()),
         Some(typ) => value(
             &field("type"),
@@ -68,13 +74,8 @@ pub(super) fn can_mount(spec: &Spec) -> bool {
 /// What is left aside without a word may be what was to protect.
 fn check_bind_options(field: &str, mount: &Mount, can_mount: bool) -> Result<(), Error> {
     for option in mount.options().iter().flatten() {
+        check_propagation(field, option, can_mount)?;
         match option.as_str() {
-            "shared" | "rshared" if can_mount => {
-                return unsupported(
-                    field,
-                    "mounts that the container makes with CAP_SYS_ADMIN cannot appear on the host; use rslave",
-                );
-            }
             "remount" => {
                 return unsupported(
                     field,
@@ -87,6 +88,26 @@ fn check_bind_options(field: &str, mount: &Mount, can_mount: bool) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// The host mounts it; what the kernel does not know, it refuses then.
+fn check_overlay_options(field: &str, mount: &Mount, can_mount: bool) -> Result<(), Error> {
+    let options = mount.options().iter().flatten();
+    options.clone().try_for_each(|option| check_propagation(field, option, can_mount))?;
+    match options.clone().flat_map(|option| option.split(',')).any(|word| word.starts_with("lowerdir=")) {
+        true => Ok(()),
+        false => value(field, "", "an overlay needs lowerdir="),
+    }
+}
+
+fn check_propagation(field: &str, option: &str, can_mount: bool) -> Result<(), Error> {
+    match option {
+        "shared" | "rshared" if can_mount => unsupported(
+            field,
+            "mounts that the container makes with CAP_SYS_ADMIN cannot appear on the host; use rslave",
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// Checks that what shows the kernel is mounted where the bundle says: an image whose /proc is a link would have what
