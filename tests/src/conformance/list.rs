@@ -48,7 +48,7 @@ impl List {
 
     /// Whether the lab has not what a case needs, whatever the runtime.
     pub fn needs_more_than_the_lab(&self, file: &str, case: &str) -> bool {
-        let kinds = self.cases.get(&(file.to_string(), case.to_string()));
+        let kinds = self.cases.get(&(file.to_string(), case.trim().to_string()));
         kinds.is_some_and(|kinds| kinds.contains(&Kind::Lab))
     }
 

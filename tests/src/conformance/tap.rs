@@ -54,7 +54,7 @@ fn parse_file(lines: &[&str]) -> Result<Vec<(String, Outcome)>, String> {
         } else if let Some(rest) = line.strip_prefix("not ok ") {
             cases.push((case(rest).0, Outcome::Failed));
         } else if let Some(name) = line.strip_prefix(LEFT_OUT) {
-            left_out.push((name.to_string(), Outcome::LeftOut));
+            left_out.push((name.trim().to_string(), Outcome::LeftOut));
         }
     }
     match planned {
@@ -71,7 +71,7 @@ fn parse_file(lines: &[&str]) -> Result<Vec<(String, Outcome)>, String> {
     }
 }
 
-/// From `<number> <name>[ in <time>ms][ # skip <why>]` the name and the reason.
+/// From `<number> <name>[ in <time>ms][ # skip <why>]` the name, without blanks around it, and the reason.
 fn case(rest: &str) -> (String, Option<String>) {
     let rest = rest.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start();
     let (rest, skip) = match rest.split_once(" # skip") {
@@ -82,7 +82,7 @@ fn case(rest: &str) -> (String, Option<String>) {
         Some((name, time)) if is_time(time) => name,
         _ => rest,
     };
-    (name.to_string(), skip)
+    (name.trim().to_string(), skip)
 }
 
 fn is_time(word: &str) -> bool {
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn each_outcome_is_told_from_the_others() {
         let text = "1..4\nok 1 runs in 12ms\nnot ok 2 works in vain in 7ms\n# (in test file x)\n\
-                    ok 3 waits # skip test requires systemd\nnot ok 4 hangs in 9ms # timeout after 180s\n";
+                    ok 3 waits  # skip test requires systemd\nnot ok 4 hangs in 9ms # timeout after 180s\n";
         let cases = file(text).unwrap();
         let expected = [
             ("runs", Outcome::Passed),
