@@ -144,7 +144,7 @@ fn what_a_vm_cannot_honour_is_refused_by_name() {
     for (options, words) in [
         // 20.10 names the host's namespace, 26 and later name none.
         (&["--network", "host"][..], ["linux.namespaces", "the host's"]),
-        (&["--pid", "container:aa"], ["linux.namespaces", "pid"]),
+        (&["--pid", "container:aa"], ["linux.namespaces", "--network container:"]),
         (&["--cap-add", "sys_admin", "--volume", "/tmp:/x:rshared"], ["CAP_SYS_ADMIN", "host"]),
     ] {
         let ended = docker.docker(&[&["run", "--rm"][..], options, &[DOCKER_IMAGE, "true"]].concat());

@@ -339,6 +339,11 @@ fn a_container_joins_the_namespaces_of_another() {
     let call = "until echo said | nc -w 5 127.0.0.1 8080 | grep said; do sleep 0.1; done";
     assert_eq!(run(&[], call).code(0).text(), "said\n");
     assert_eq!(run(&["--ipc", "container:a"], "cat /dev/shm/n; exit 3").code(3).text(), "1\n");
+    fs::write(podman.dir().join("file"), "of the host\n").unwrap();
+    let overlay = format!("{}:/over:O", podman.dir().display());
+    let ended = run(&["--volume", &overlay], "cat /over/file; echo changed > /over/file; cat /over/file");
+    assert_eq!(ended.code(0).text(), "of the host\nchanged\n");
+    assert_eq!(fs::read_to_string(podman.dir().join("file")).unwrap(), "of the host\n");
     let shared = run(&["--pid", "container:a"], "ps -o args | grep -c '^nc -ll'; kill -TERM 1");
     assert_eq!(shared.code(0).text(), "1\n");
     assert_eq!(podman.podman(&["wait", "a"]).ok(), "5\n");

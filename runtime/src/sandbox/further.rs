@@ -74,15 +74,18 @@ impl Container {
         let root = self.dir.path().parent().unwrap_or(self.dir.path());
         let dir = Rc::new(StateDir::open(root, id)?);
         let state = dir.load()?;
+        let listener = Listener::bind(&dir).map_err(os("make the control socket"))?;
         let further = self.further(dir, state, outside);
 
-        let result = further.live(talk, &bundle, wanted).await;
+        let result = further.live(talk, &bundle, wanted, &listener).await;
         let _ = further.sandbox.agent.delete(id).await;
         let mut parts = self.vm.volumes.borrow_mut().leave(id);
         parts.push(PathBuf::from(id));
         if let Err(e) = further.sandbox.unshare(&parts).await {
             tracing::warn!(container = id, "{e}");
         }
+        // Last: who waits for this container's end waits for this.
+        drop(listener);
         result
     }
 
@@ -92,10 +95,9 @@ impl Container {
         talk: &AsyncConversation,
         bundle: &Bundle,
         wanted: [bool; 3],
+        listener: &Listener,
     ) -> Result<(), Error> {
-        let os = |what| move |e: io::Error| Error::Os(what, e);
         let id = &*self.id();
-        let listener = Listener::bind(&self.dir).map_err(os("make the control socket"))?;
         let spec = self.share_files(bundle)?;
         self.sandbox.add_oom_score(&bundle.spec);
         let hooks = bundle.spec.hooks().clone().unwrap_or_default();
@@ -113,7 +115,7 @@ impl Container {
         self.set_status(Status::Created)?;
         let alive = enter::begun(talk, streams);
 
-        let exit = self.follow(talk, &listener, alive).await?;
+        let exit = self.follow(talk, listener, alive).await?;
         self.finish_execs().await;
         self.sandbox.write_back().await?;
         if let Err(e) = self.set_status(Status::Stopped) {

@@ -24,7 +24,7 @@ use super::reservation::Reservation;
 use super::single::{Launch, Mode, first_state};
 use super::view::View;
 use super::{Error as SandboxError, Share, share};
-use crate::bundle::guest::file_name;
+use crate::bundle::guest::{Adapted, file_name};
 use crate::bundle::pod::Joined;
 use crate::bundle::{Bundle, guest, hooks};
 use crate::state::{SHARE, State, StateDir, Status};
@@ -145,7 +145,8 @@ pub fn run(
     let os = |what| move |e: io::Error| SandboxError::Os(what, e);
     let Launch { id, root, bundle, with, scratch, console_socket, systemd_cgroup, .. } = launch;
     let Some(Host { dir: others, state: host }) = with else { return Err(SandboxError::NotBooted) };
-    let adapted = guest::adapt(&bundle, &id)?;
+    let mut adapted = guest::adapt(&bundle, &id)?;
+    leave_overlays(&mut adapted);
     let talk = Conversation::connect(&others).map_err(|_| Error::Ended(host.id.clone()))?;
     let open = |name: &str| File::open(Path::new("/proc/self/ns").join(name)).map(OwnedFd::from);
     let outside = ["mnt", "net"].map(open).into_iter().collect::<io::Result<Vec<_>>>();
@@ -226,6 +227,19 @@ pub fn run(
     }
     reservation.release();
     result
+}
+
+/// An overlay cannot be mounted twice, and it is the guest that needs it.
+fn leave_overlays(adapted: &mut Adapted) {
+    let mut overlays = Vec::new();
+    adapted.binds.retain(|bind| {
+        let is_overlay = bind.overlay.is_some();
+        overlays.extend(is_overlay.then(|| bind.target.clone()));
+        !is_overlay
+    });
+    for mount in &mut adapted.shown.mounts {
+        mount.target.take_if(|target| overlays.contains(target));
+    }
 }
 
 /// How a container ends with its VM.
