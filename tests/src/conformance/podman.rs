@@ -141,7 +141,10 @@ const PAUSE: &str =
 const PRINTENV: &str = r#"#!/bin/sh
 # What the shell itself was given: it exports more.
 environment() { tr '\0' '\n' </proc/$$/environ; }
-if [ $# = 0 ]; then environment; else environment | sed -n "s/^$1=//p" | grep ''; fi
+[ $# != 0 ] || { environment; exit; }
+missing=0
+for name; do environment | sed -n "s/^$name=//p" | grep '' || missing=1; done
+exit $missing
 "#;
 
 /// What cases ask for in the image: its labels, its working directory, its command.
