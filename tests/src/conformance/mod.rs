@@ -80,6 +80,7 @@ pub fn compare(plan: &Plan) -> Result<bool, String> {
             let _ = fs::remove_file(said(runtime));
         }
         for runtime in &plan.runtimes {
+            println!("\n# {runtime}");
             broken_off = run_in_lab(plan, runtime, &source, &said(runtime)).err();
             if broken_off.is_some() {
                 break;
