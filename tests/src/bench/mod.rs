@@ -2,8 +2,9 @@
 //!
 //! They run in the lab on its virtual clock, where a time is a count of instructions: the same to about 1%
 //! from run to run, whatever else the machine does. What that clock cannot show is the price of a VM exit, so
-//! exits are counted beside it. Each figure is the minimum, median and maximum of several runs after one that
-//! warms the caches up. A case that fails, as when a run stalls, is tried once more, and the report says so.
+//! exits are counted beside it. Where only memory is asked for, that clock is left out. Each figure is the
+//! minimum, median and maximum of several runs after one that warms the caches up. A case that fails, as when a run
+//! stalls, is tried once more, and the report says so.
 
 mod containerd;
 mod cri;
@@ -46,6 +47,15 @@ pub struct Case {
     pub about: &'static str,
     asks: Asks,
     measure: Measure,
+    /// Whether what it finds is a time.
+    times: bool,
+}
+
+impl Case {
+    /// Finds no times.
+    const fn of_memory(self) -> Self {
+        Self { times: false, ..self }
+    }
 }
 
 /// The cases, in the order in which they run.
@@ -55,8 +65,8 @@ pub const CASES: &[Case] = &[
     case("create-start", "create and start", all, lifecycle::create_and_start),
     case("exec-true", "exec of true", all, lifecycle::exec),
     case("delete", "delete of what has ended", all, lifecycle::delete),
-    case("idle", "memory of a container", all, memory::container),
-    case("idle-exec", "memory of an exec", all, memory::exec),
+    case("idle", "memory of a container", all, memory::container).of_memory(),
+    case("idle-exec", "memory of an exec", all, memory::exec).of_memory(),
     case("run-image", "run of echo from an image", no_other_vms, image::measure),
     case("create-start-net", "create and start with an interface", all, network::start),
     case("run-echo-net", "run of echo with an interface", all, network::run),
@@ -65,16 +75,28 @@ pub const CASES: &[Case] = &[
     case("net-packets", "64-byte datagrams", not_crun, network::packets),
     case("ctr-run-echo", "ctr run of echo", has_shim, containerd::run),
     case("ctr-second", "a sandbox's next container", has_shim, containerd::second),
-    case("ctr-idle", "memory of many sandboxes", has_shim, containerd::idle),
+    case("ctr-idle", "memory of many sandboxes", has_shim, containerd::idle).of_memory(),
     case("cri-pod", "a pod with its first and second container", has_shim, cri::pod),
-    case("cri-idle", "memory of many pods", has_shim, cri::idle),
+    case("cri-idle", "memory of many pods", has_shim, cri::idle).of_memory(),
 ];
+
+impl Plan {
+    /// Whether some of it is times, for which there is the virtual clock. Memory alone is the same without, and many
+    /// sandboxes come up sooner.
+    pub fn times(&self) -> bool {
+        CASES.iter().any(|case| self.wants(case) && case.times)
+    }
+
+    fn wants(&self, case: &Case) -> bool {
+        self.cases.is_empty() || self.cases.iter().any(|name| name == case.name)
+    }
+}
 
 type Asks = fn(&Runtime) -> bool;
 type Measure = fn(&Plan, &Runtime, &mut Results) -> Result<(), String>;
 
 const fn case(name: &'static str, about: &'static str, asks: Asks, measure: Measure) -> Case {
-    Case { name, about, asks, measure }
+    Case { name, about, asks, measure, times: true }
 }
 
 fn all(_: &Runtime) -> bool {
@@ -123,8 +145,7 @@ pub fn measure(plan: &Plan, out: &Path) -> Result<bool, String> {
     settle()?;
     let mut results = Results::default();
     let mut complete = true;
-    let wanted = |case: &&Case| plan.cases.is_empty() || plan.cases.iter().any(|name| name == case.name);
-    for case in CASES.iter().filter(wanted) {
+    for case in CASES.iter().filter(|case| plan.wants(case)) {
         for runtime in chosen.iter().filter(|runtime| (case.asks)(runtime)) {
             eprintln!("bench: {}, {}: {}", case.name, runtime.name, case.about);
             complete &= try_twice(case, plan, runtime, &mut results);

@@ -102,10 +102,10 @@ fn round_trips(address: &str, count: &str) -> ExitCode {
     }
 }
 
-/// Boots the lab on its virtual clock and measures there; once more when the lab itself fails.
+/// Boots the lab, on its virtual clock if times are asked for, and measures there; once more when the lab itself fails.
 fn in_the_lab(arguments: &Arguments) -> Result<bool, String> {
-    let mut lab =
-        Lab { clock: Clock::Virtual, limit: LIMIT, out: Some(arguments.out.clone()), ..Lab::default() };
+    let clock = if arguments.plan.times() { Clock::Virtual } else { Clock::Fast };
+    let mut lab = Lab { clock, limit: LIMIT, out: Some(arguments.out.clone()), ..Lab::default() };
     if arguments.stage.is_dir() {
         lab.payload.add(&arguments.stage, "");
     } else {
