@@ -302,7 +302,7 @@ fn containers_of_a_pod_share_its_network_memory_and_name() {
     podman.podman(&["pause", "b"]).code(0);
     podman.exec("a", "true").code(0);
     podman.podman(&["unpause", "b"]).code(0);
-    podman.podman(&["stop", "b"]).code(0);
+    podman.podman(&["stop", "--time", "100", "b"]).code(0);
     assert_eq!(podman.inspect("b", "/State/ExitCode"), 5);
     podman.exec("a", "true").code(0);
     podman.podman(&["start", "b"]).code(0);
@@ -315,7 +315,7 @@ fn containers_of_a_pod_share_its_network_memory_and_name() {
 
     let pod = podman.podman(&["pod", "inspect", "--format", "{{.State}} {{.NumContainers}}", "pod"]);
     assert_eq!(pod.ok(), "Running 3\n");
-    podman.podman(&["pod", "stop", "pod"]).code(0);
+    podman.podman(&["pod", "stop", "--time", "100", "pod"]).code(0);
     let ended = ["a", "b"].map(|name| podman.inspect(name, "/State/ExitCode"));
     assert_eq!(ended, [5, 5], "they were not let end by themselves");
     podman.podman(&["pod", "start", "pod"]).code(0);
