@@ -81,7 +81,10 @@ pub fn spawn(
 ) -> io::Result<Child> {
     let (gate_end, gate) = pipe2(OFlag::O_CLOEXEC)?;
     let (failure, failure_end) = pipe2(OFlag::O_CLOEXEC)?;
-    let stdout = File::options().write(true).open("/dev/null")?;
+    let stdout = File::options().write(true).open("/dev/null").map_err(|e| {
+        let why = format!("it cannot have /dev/null: {e}: does its cgroup deny it devices?");
+        io::Error::new(e.kind(), why)
+    })?;
     let mut argv: Vec<_> = arguments.iter().map(|word| word.as_ptr()).collect();
     argv.push(std::ptr::null());
     let program = Program {
