@@ -89,9 +89,12 @@ impl Scratch {
         loop {
             let path = store.containers().join(random_name().map_err(failed("name", &store.containers()))?);
             DirBuilder::new().mode(0o700).create(&path).map_err(failed("make", &path))?;
-            let lock = flock(File::open(&path).map_err(failed("open", &path))?, FlockArg::LockExclusive);
-            let lock = lock.map_err(failed("lock", &path))?;
-            // Somebody who clears up may have been faster with the lock.
+            // Somebody who clears up may have been faster, with the directory or with its lock.
+            let made = match File::open(&path) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                other => other.map_err(failed("open", &path))?,
+            };
+            let lock = flock(made, FlockArg::LockExclusive).map_err(failed("lock", &path))?;
             if fs::metadata(&path).is_ok_and(|there| lock.metadata().is_ok_and(|m| m.ino() == there.ino())) {
                 let scratch = Scratch { path, layers: stacked(layers), _lock: lock };
                 return match scratch.furnish(state) {
@@ -416,6 +419,26 @@ mod tests {
         assert!(pinned(&store).unwrap().is_empty());
         assert_eq!(clear(&store).unwrap(), 1);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn who_clears_up_does_not_take_a_directory_from_who_makes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let store = Store::open(dir.path()).unwrap();
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    clear(&store).unwrap();
+                }
+            });
+            let made: Result<Vec<_>, _> = (0..1000)
+                .map(|_| Scratch::create(&store, &[], Path::new("/none")).map(Scratch::remove))
+                .collect();
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            made.unwrap();
+        });
     }
 
     #[test]
