@@ -8,12 +8,13 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::harness::{
-    Bundle, Case, Exit, HANG, Program, Rootfs, Runtime, Stdin, Systemd, case, host_scratch,
+    Bundle, Case, Ended, Exit, HANG, Program, Rootfs, Runtime, Stdin, Systemd, case, host_scratch,
 };
 
 pub const CASES: &[Case] = &[
     case!(a_scope_holds_the_container_and_its_limits_and_goes_with_it).exclusive(),
     case!(scopes_of_the_killed_and_of_the_refused_are_gone).exclusive(),
+    case!(a_pod_of_podmans_has_its_containers_in_its_slice).exclusive(),
     case!(podman_with_its_usual_manager_sees_what_a_container_takes).exclusive(),
     case!(a_shim_moves_into_the_scope_of_its_sandbox).exclusive(),
 ];
@@ -119,11 +120,11 @@ fn scopes_of_the_killed_and_of_the_refused_are_gone() {
     assert!(refused.contains("cgroupsPath"), "{refused}");
 }
 
-fn podman_with_its_usual_manager_sees_what_a_container_takes() {
-    let (host, program, dir) = (Systemd::boot(), program(), host_scratch());
-    let place = |name: &str| dir.path().join(name).display().to_string();
-    let (root, runroot, archive) = (place("root"), place("runroot"), place("image.tar"));
-    let podman = |words: &[&str]| {
+/// Calls of Podman with its usual manager and an image `lab`, in a host that systemd runs.
+fn podman_on<'a>(host: &'a Systemd, dir: &Path) -> impl Fn(&[&str]) -> Ended + 'a {
+    let place = |name: &str| dir.join(name).display().to_string();
+    let (root, runroot, archive, program) = (place("root"), place("runroot"), place("image.tar"), program());
+    let podman = move |words: &[&str]| {
         let own = ["podman", "--root", &root, "--runroot", &runroot, "--runtime", &program];
         host.call(&[&own[..], words].concat())
     };
@@ -131,6 +132,12 @@ fn podman_with_its_usual_manager_sees_what_a_container_takes() {
     let rootfs = Rootfs::Busybox.path().display().to_string();
     host.call(&["tar", "-C", &rootfs, "-cf", &archive, "."]).code(0);
     podman(&["import", "--quiet", &archive, "lab"]).code(0);
+    podman
+}
+
+fn podman_with_its_usual_manager_sees_what_a_container_takes() {
+    let (host, dir) = (Systemd::boot(), host_scratch());
+    let podman = podman_on(&host, dir.path());
     podman(&[
         "run",
         "--detach",
@@ -155,6 +162,28 @@ fn podman_with_its_usual_manager_sees_what_a_container_takes() {
     podman(&["rm", "--force", "--time", "0", "c"]).code(0);
     // The one of conmon, which Podman has made, goes when that has ended.
     host.wait_gone(&scope);
+    podman(&["system", "reset", "--force"]).code(0);
+}
+
+fn a_pod_of_podmans_has_its_containers_in_its_slice() {
+    let (host, dir) = (Systemd::boot(), host_scratch());
+    let podman = podman_on(&host, dir.path());
+    let infra = ["--infra-image", "lab", "--infra-command", "sleep 1000"];
+    let create = [&["pod", "create", "--name", "p", "--network", "none"][..], &infra].concat();
+    let pod = podman(&create).code(0).text().trim().to_owned();
+    for name in ["a", "b"] {
+        podman(&["run", "--detach", "--name", name, "--pod", "p", "lab", "sleep", "1000"]).code(0);
+        podman(&["exec", name, "true"]).code(0);
+        let id = podman(&["inspect", "--format", "{{.Id}}", name]).code(0).text().trim().to_owned();
+        let scope = format!("libpod-{id}.scope");
+        let slice = format!("/machine.slice/machine-libpod_pod_{pod}.slice");
+        assert_eq!(host.property(&scope, "ControlGroup"), format!("{slice}/{scope}"));
+    }
+    let count = podman(&["pod", "inspect", "--format", "{{.State}} {{.NumContainers}}", "p"]);
+    assert_eq!(count.code(0).text(), "Running 3\n");
+    podman(&["rm", "--force", "--time", "0", "a"]).code(0);
+    podman(&["exec", "b", "true"]).code(0);
+    podman(&["pod", "rm", "--force", "--time", "0", "p"]).code(0);
     podman(&["system", "reset", "--force"]).code(0);
 }
 
