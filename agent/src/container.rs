@@ -31,6 +31,7 @@ use crate::mounts;
 use crate::oom::OomWatch;
 use crate::pod;
 use crate::reaper::Reaper;
+use crate::sandbox;
 use crate::spec::{self, Ids, ProcessFacts};
 use crate::stdio::{self, ChildEnds, Drain, Ends, Relays, Rendezvous};
 use crate::supervise::{Made, Process};
@@ -200,6 +201,10 @@ impl Containers {
             let (pid, finish) = (init.pid, adapted.finish);
             let rootfs = adapted.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
             self.aside(move || mounts::finish(pid, &rootfs, &finish)).await?;
+        }
+        if let Some(names) = adapted.names {
+            let pid = init.pid;
+            self.aside(move || sandbox::set_names_of(pid, &names)).await?;
         }
         Ok(Container {
             id: id.to_owned(),

@@ -21,6 +21,7 @@ use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_SHM};
 
 use crate::container::set_sysctl;
 use crate::error::Error;
+use crate::sandbox::set_names;
 
 /// The name under which this program is the init of the shared pid namespace, as a pod's users know it.
 const PAUSE: &str = "pause";
@@ -31,11 +32,7 @@ const NOBODY: u32 = 65534;
 
 /// Does what the request asks for.
 pub fn set(request: &SetPodRequest) -> Result<(), Error> {
-    for (name, value) in [("hostname", &request.hostname), ("domainname", &request.domainname)] {
-        if !value.is_empty() {
-            set_sysctl(&format!("kernel.{name}"), value)?;
-        }
-    }
+    set_names([&request.hostname, &request.domainname])?;
     for (name, value) in &request.sysctls {
         set_sysctl(name, value)?;
     }

@@ -1,14 +1,15 @@
-//! Setting the guest up for containers: the share, the clock, entropy.
+//! Setting the guest up for containers: the share, the clock, entropy, names.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::{Component, Path};
 
 use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::Mode;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
-use nix::unistd::mkdir;
+use nix::unistd::{Pid, mkdir};
 use stockade_agent_protocol::SHARE_MOUNT_POINT;
 use stockade_agent_protocol::messages::SetupSandboxRequest;
 
@@ -33,13 +34,26 @@ pub fn set_up(request: &SetupSandboxRequest) -> Result<(), Error> {
     if !request.entropy.is_empty() {
         credit_entropy(&request.entropy)?;
     }
-    for (file, name) in [("hostname", &request.hostname), ("domainname", &request.domainname)] {
-        if !name.is_empty() {
-            fs::write(format!("/proc/sys/kernel/{file}"), name)
-                .map_err(|e| Error::os(format!("setting the {file} to {name:?}"), e))?;
-        }
-    }
+    set_names([&request.hostname, &request.domainname])?;
     mount_share(&request.share_tag)
+}
+
+/// Names the uts namespace that this process is in: its host and its domain, where that is not empty.
+pub fn set_names(names: [&str; 2]) -> Result<(), Error> {
+    for (file, name) in ["hostname", "domainname"].into_iter().zip(names).filter(|(_, name)| !name.is_empty())
+    {
+        fs::write(format!("/proc/sys/kernel/{file}"), name)
+            .map_err(|e| Error::os(format!("setting the {file} to {name:?}"), e))?;
+    }
+    Ok(())
+}
+
+/// Names the uts namespace of a process. To be called in a process that ends with it.
+pub fn set_names_of(process: Pid, [hostname, domainname]: &[String; 2]) -> Result<(), Error> {
+    let failed = |e| Error::os("entering the container's uts namespace", e);
+    let namespace = File::open(format!("/proc/{process}/ns/uts")).map_err(failed)?;
+    setns(namespace, CloneFlags::CLONE_NEWUTS).map_err(|e| failed(e.into()))?;
+    set_names([hostname, domainname])
 }
 
 /// An empty tag leaves the guest without a share: for tests of the agent alone.

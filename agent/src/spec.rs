@@ -39,6 +39,9 @@ pub struct Adapted {
     pub own_pid_namespace: bool,
     /// It shares the pod's.
     pub in_pod_pid_namespace: bool,
+    /// Host name and domain name for a uts namespace that is another container's: libcontainer names only those that it
+    /// makes, where other runtimes name one that is shared as well.
+    pub names: Option<[String; 2]>,
 }
 
 /// Whom a container's users are in the guest: the mappings of its user namespace, if it has one.
@@ -127,6 +130,8 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
         namespace.typ() == LinuxNamespaceType::Pid
             && namespace.path().as_deref() == Some(Path::new(POD_PID_NAMESPACE))
     });
+    let shares_uts =
+        linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Uts && n.path().is_some());
     let has_network = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Network);
     let mut network_sysctls = HashMap::new();
     if let Some(sysctls) = linux.sysctl_mut().as_mut().filter(|_| !has_network) {
@@ -140,6 +145,8 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     }
     let resources = linux.resources().clone();
     linux.set_resources(None).set_cgroups_path(Some(PathBuf::from(cgroup_path)));
+    let names = [spec.hostname(), spec.domainname()].map(|name| name.clone().unwrap_or_default());
+    let names = Some(names).filter(|names| shares_uts && names.iter().any(|name| !name.is_empty()));
     Ok(Adapted {
         spec,
         seccomp,
@@ -151,6 +158,7 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
         start_hooks,
         own_pid_namespace,
         in_pod_pid_namespace,
+        names,
     })
 }
 

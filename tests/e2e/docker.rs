@@ -70,6 +70,8 @@ fn a_container_of_the_default_bridge_serves_is_watched_and_stopped() {
     assert_eq!(docker.run(&[], &fetch).ok(), "served\n");
     let joined = ["--network", "container:web", "--ipc", "private"];
     assert_eq!(docker.run(&joined, "wget -q -O - http://127.0.0.1/").ok(), "served\n");
+    let joined = ["--network", "container:web", "--pid", "container:web"];
+    assert_eq!(docker.run(&joined, "ps -o args | grep -c '^httpd'").ok(), "1\n");
 
     let exec = |script: &str| docker.docker(&["exec", "web", "sh", "-c", script]);
     assert_eq!(exec("echo $((6 * 7)); exit 3").code(3).text(), "42\n");

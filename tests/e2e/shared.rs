@@ -16,6 +16,7 @@ pub const CASES: &[Case] = &[
     case!(it_can_be_made_again_once_it_was_deleted_by_force).exclusive(),
     case!(hooks_and_volumes_of_one_that_shares_are_its_own).exclusive(),
     case!(it_outlives_the_first_which_ends_as_the_vm).stockade_only(VM).exclusive(),
+    case!(killing_the_first_once_more_ends_the_vm).stockade_only(VM).exclusive(),
     case!(it_is_killed_with_the_vm).stockade_only(VM).exclusive(),
     case!(what_needs_another_network_is_refused).stockade_only(VM),
 ];
@@ -44,6 +45,10 @@ fn what_is_shared_is_the_others_and_the_rest_its_own() {
     let shared = runtime
         .run_with(&sharing(bundle(), &first, &[NETWORK, IPC, UTS, PID]), Stdin::Bytes(b"input\n".to_vec()));
     assert_eq!(shared.code(3).text(), "first\n1\ninput\n");
+    // To name a namespace that is shared is to name it for all.
+    let named = sharing(Bundle::sh("hostname").set("/hostname", "renamed"), &first, &[NETWORK, UTS]);
+    assert_eq!(runtime.run(&named).ok(), "renamed\n");
+    assert_eq!(first.exec("hostname").ok(), "renamed\n");
     let own = sharing(bundle().set("/hostname", "second"), &first, &[NETWORK, IPC]);
     assert_eq!(runtime.run_with(&own, Stdin::Null).code(3).text(), "second\n0\n");
     let namespaces = "readlink /proc/self/ns/net; readlink /proc/self/ns/ipc";
@@ -143,6 +148,29 @@ fn it_outlives_the_first_which_ends_as_the_vm() {
     first.program.finish().code(4);
     second.program.finish();
     second.op("delete").ok();
+}
+
+fn killing_the_first_once_more_ends_the_vm() {
+    let runtime = Runtime::under_test();
+    let mut first =
+        runtime.create(&Bundle::sh("trap 'exit 4' TERM; echo ready; while :; do sleep 0.1; done"));
+    first.op("start").ok();
+    first.program.expect_line("ready");
+    let mut second = runtime.create(&sharing(Bundle::idle(), &first, &[NETWORK]));
+    second.op("start").ok();
+    second.program.expect_line("ready");
+    let pids = [&first, &second].map(Container::pid);
+    first.kill("TERM");
+    // It has ended, and counts as running for the other's sake.
+    while first.exec("true").stderr.is_empty() {}
+    assert_eq!(first.status(), "running");
+    assert_eq!(second.exec("echo unharmed").ok(), "unharmed\n");
+    first.kill("KILL");
+    for (container, pid) in [&mut first, &mut second].into_iter().zip(pids) {
+        container.wait_stopped(pid);
+        container.op("delete").ok();
+        container.program.finish();
+    }
 }
 
 fn it_is_killed_with_the_vm() {

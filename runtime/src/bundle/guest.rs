@@ -198,12 +198,12 @@ pub fn adapt_with(
                 pods.set_typ(LinuxNamespaceType::Pid).set_path(Some(POD_PID_NAMESPACE.into()));
                 namespaces.push(pods);
             }
-            for typ in &bundle.joined.namespaces {
-                let file =
-                    Path::new("/proc").join(bundle.joined.with.to_string()).join("ns").join(file_name(*typ));
-                let mut others = LinuxNamespace::default();
-                others.set_typ(*typ).set_path(Some(file));
-                namespaces.push(others);
+            for namespace in namespaces.iter_mut() {
+                let typ = namespace.typ();
+                if bundle.joined.namespaces.contains(&typ) {
+                    let of = Path::new("/proc").join(bundle.joined.with.to_string());
+                    namespace.set_path(Some(of.join("ns").join(file_name(typ))));
+                }
             }
         }
         if let Some(resources) = linux.resources_mut() {

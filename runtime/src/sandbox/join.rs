@@ -6,24 +6,24 @@
 //! and signals, shows the container's files, and is all of the sandbox that there is in it.
 
 use std::cell::Cell;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
+use super::Error as SandboxError;
 use super::agent::Exit;
 use super::attach::{Ends, stand_for};
 use super::cgroup::{self, Membership};
 use super::control::{self, Conversation, Reply, Request};
 use super::reservation::Reservation;
+use super::share::{self, Share, identity};
 use super::single::{Launch, Mode, first_state};
 use super::view::View;
-use super::{Error as SandboxError, Share, share};
 use crate::bundle::guest::{Adapted, file_name};
 use crate::bundle::pod::Joined;
 use crate::bundle::{Bundle, guest, hooks};
@@ -32,6 +32,11 @@ use crate::state::{SHARE, State, StateDir, Status};
 /// What can be shared, besides the network.
 const SHARED: [LinuxNamespaceType; 3] =
     [LinuxNamespaceType::Ipc, LinuxNamespaceType::Uts, LinuxNamespaceType::Pid];
+
+/// How a container ends with its VM.
+const KILLED: Exit = Exit { code: 128 + libc::SIGKILL as u8, signal: libc::SIGKILL, oom_killed: false };
+/// How long what the VM has of a container may take to be cleared away.
+const CLEAR_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -100,31 +105,25 @@ fn find(root: &Path, spec: &Spec) -> Result<Option<Host>, SandboxError> {
     Ok(None)
 }
 
-/// Takes out of a configuration what it shares with the container whose process on the host this is.
+/// Takes out of a configuration the paths of what it shares with the container whose process on the host this is: in the
+/// guest they are others.
 fn take(spec: &mut Spec, process: i32) -> Joined {
     let mut joined = Joined::default();
-    if let Some(namespaces) = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut()) {
-        namespaces.retain(|namespace| {
-            let shared = SHARED.contains(&namespace.typ()) && owner(namespace) == Some(process);
-            if shared {
-                joined.namespaces.push(namespace.typ());
-            }
-            !shared
-        });
-    }
-    if joined.namespaces.contains(&LinuxNamespaceType::Uts) {
-        // It has been named by whom it is shared with.
-        spec.set_hostname(None).set_domainname(None);
+    let linux = spec.linux_mut().as_mut();
+    for namespace in linux.into_iter().flat_map(|linux| linux.namespaces_mut().iter_mut().flatten()) {
+        if SHARED.contains(&namespace.typ()) && owner(namespace) == Some(process) {
+            namespace.set_path(None);
+            joined.namespaces.push(namespace.typ());
+        }
     }
     joined
 }
 
 /// The network is the other container's as well.
 fn check_network(spec: &Spec, host: &State) -> Result<(), Error> {
-    let id = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
     let named = namespaces(spec).find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    let wanted = named.and_then(|namespace| id(namespace.path().as_deref()?));
-    if wanted.is_some() && wanted == id(&network_of(host)) {
+    let wanted = named.and_then(|namespace| identity(namespace.path().as_deref()?));
+    if wanted.is_some() && wanted == identity(&network_of(host)) {
         return Ok(());
     }
     Err(Error::Network(host.id.clone()))
@@ -139,12 +138,13 @@ fn network_of(host: &State) -> PathBuf {
 /// [`single::run`]: super::single::run
 pub fn run(
     launch: Launch,
+    host: Host,
     mode: Mode,
     ready: impl FnOnce() -> Result<(), SandboxError>,
 ) -> Result<Exit, SandboxError> {
     let os = |what| move |e: io::Error| SandboxError::Os(what, e);
-    let Launch { id, root, bundle, with, scratch, console_socket, systemd_cgroup, .. } = launch;
-    let Some(Host { dir: others, state: host }) = with else { return Err(SandboxError::NotBooted) };
+    let Launch { id, root, bundle, scratch, console_socket, systemd_cgroup, .. } = launch;
+    let Host { dir: others, state: host } = host;
     let mut adapted = guest::adapt(&bundle, &id)?;
     leave_overlays(&mut adapted);
     let talk = Conversation::connect(&others).map_err(|_| Error::Ended(host.id.clone()))?;
@@ -218,8 +218,8 @@ pub fn run(
     } else {
         is_cleared(&dir, CLEAR_TIMEOUT);
         if foreground && result.is_ok() {
-            let state = State { status: Status::Stopped, ..dir.load()? };
-            if let Err(e) = hooks::run("poststop", &state.poststop, &state.to_oci_json(), &outside) {
+            let stopped = State { status: Status::Stopped, ..state };
+            if let Err(e) = hooks::run("poststop", &stopped.poststop, &stopped.to_oci_json(), &outside) {
                 tracing::warn!("{e}");
             }
         }
@@ -241,11 +241,6 @@ fn leave_overlays(adapted: &mut Adapted) {
         mount.target.take_if(|target| overlays.contains(target));
     }
 }
-
-/// How a container ends with its VM.
-const KILLED: Exit = Exit { code: 128 + libc::SIGKILL as u8, signal: libc::SIGKILL, oom_killed: false };
-/// How long what the VM has of a container may take to be cleared away.
-const CLEAR_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn start(dir: &StateDir) -> Result<(), SandboxError> {
     let talk = Conversation::connect(dir).map_err(|_| SandboxError::SupervisorGone)?;
@@ -299,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shared_is_taken_out_and_the_rest_stays() {
+    fn paths_of_what_is_shared_are_taken_out_and_the_rest_stays() {
         let mut spec = spec(json!([
             {"type": "mount"}, {"type": "pid"},
             {"type": "ipc", "path": "/proc/7/ns/ipc"}, {"type": "uts", "path": "/proc/7/ns/uts"},
@@ -307,10 +302,8 @@ mod tests {
         ]));
         let joined = take(&mut spec, 7);
         assert_eq!(joined.namespaces, [LinuxNamespaceType::Ipc, LinuxNamespaceType::Uts]);
-        assert_eq!(spec.hostname(), &None);
-        let left: Vec<_> = super::namespaces(&spec).map(|namespace| namespace.typ()).collect();
-        use LinuxNamespaceType::{Mount, Network, Pid, User};
-        assert_eq!(left, [Mount, Pid, Network, User]);
+        let left: Vec<_> = super::namespaces(&spec).filter_map(owner).collect();
+        assert_eq!(left, [7, 7], "those of the network and of users");
     }
 
     #[test]

@@ -70,13 +70,13 @@ pub enum Mode {
 /// Runs a sandbox with one container from beginning to end. `ready` is called once the container is created (and
 /// started, where that is this mode's business).
 pub fn run(
-    launch: Launch,
+    mut launch: Launch,
     mode: Mode,
     ready: impl FnOnce() -> Result<(), Error> + 'static,
 ) -> Result<Exit, Error> {
-    let result = match launch.with {
+    let result = match launch.with.take() {
         None => run_to_its_end(launch, mode, ready),
-        Some(_) => join::run(launch, mode, ready),
+        Some(host) => join::run(launch, host, mode, ready),
     };
     if let Some(part) = result.as_ref().err().and_then(Error::part) {
         records::append(&Record::Failed(part.into()));
