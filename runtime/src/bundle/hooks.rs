@@ -15,7 +15,7 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-use oci_spec::runtime::Hook;
+use oci_spec::runtime::{Hook, Hooks};
 
 use crate::process::ProcessId;
 
@@ -37,6 +37,13 @@ pub enum Error {
     /// it took too long and was killed
     #[error("the {kind} hook {path} did not end within its timeout of {seconds} s and was killed")]
     Timeout { kind: &'static str, path: PathBuf, seconds: i64 },
+}
+
+/// The hooks that run before the container is made, by their kinds.
+#[allow(deprecated)]
+pub fn early(hooks: &Hooks) -> [(&'static str, &[Hook]); 2] {
+    [("prestart", hooks.prestart()), ("createRuntime", hooks.create_runtime())]
+        .map(|(kind, list)| (kind, list.as_deref().unwrap_or_default()))
 }
 
 /// Runs hooks in their order, until one fails. `state` is what they read; `namespaces` are those to run them in that

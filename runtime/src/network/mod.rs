@@ -28,6 +28,7 @@ use stockade_agent_protocol::messages::SetNetworkRequest;
 use stockade_netlink::Connection;
 use stockade_vmm::control::Interface;
 
+use crate::bundle::hooks;
 use monitor::Monitor;
 use namespace::Namespace;
 pub use traffic::Traffic;
@@ -248,10 +249,7 @@ impl Network {
 
 /// Whether hooks run before the network is looked at.
 fn has_early_hooks(spec: &Spec) -> bool {
-    #[allow(deprecated)]
-    spec.hooks().as_ref().is_some_and(|hooks| {
-        [hooks.prestart(), hooks.create_runtime()].iter().any(|list| list.iter().flatten().next().is_some())
-    })
+    spec.hooks().as_ref().is_some_and(|all| hooks::early(all).iter().any(|(_, list)| !list.is_empty()))
 }
 
 /// Takes back what a supervisor that was killed has left. A namespace that is gone has nothing left in it.

@@ -4,17 +4,15 @@
 //! to it (slave propagation) unless it is below a private mount, as all that container engines mount in their storage
 //! is. What a container needs of that is copied here, to the same place, for as long as it takes to share it.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
-use super::share::{Error, set_attributes};
+use super::share::{Error, identity, set_attributes};
 
 /// Copies of the host's mounts. Dropping it takes them away.
 #[derive(Debug, Default)]
@@ -60,11 +58,6 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error {
     move |error| Error::Bind { source_path: path.to_owned(), error }
 }
 
-/// Which file it is: device and inode.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
-}
-
 /// A copy of what is mounted at a path, which gives nothing back.
 fn tree(path: &Path) -> io::Result<OwnedFd> {
     // AT_RECURSIVE, which rustix has as a flag of openat2's relatives only.
@@ -79,6 +72,8 @@ fn tree(path: &Path) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::share::enter_namespace;
     use super::super::share::tests::in_namespace;
     use super::*;

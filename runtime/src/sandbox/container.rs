@@ -38,8 +38,8 @@ pub(super) struct Container {
     pub vm: Rc<Common>,
     /// The one that the VM was made for, unless it is this.
     pub first: Option<Rc<Container>>,
-    /// Namespaces of the host that its hooks run in, unless they are the VM's.
-    pub outside: Vec<OwnedFd>,
+    /// The namespaces that its command came from, where its hooks run.
+    pub outside: Rc<[OwnedFd]>,
     /// Hooks to run once it has been started.
     pub poststart: RefCell<Vec<Hook>>,
     execs: RefCell<Vec<JoinHandle<()>>>,
@@ -66,13 +66,14 @@ impl Container {
     pub fn first(sandbox: Sandbox, dir: &Rc<StateDir>, state: State, binds: &[Bind]) -> Rc<Self> {
         let vm = Rc::<Common>::default();
         binds.iter().for_each(|bind| vm.volumes.borrow_mut().know(bind, &state.id));
-        Rc::new(Self::new(Rc::new(sandbox), dir.clone(), state, vm, None, Vec::new()))
+        let outside = sandbox.outside.clone();
+        Rc::new(Self::new(Rc::new(sandbox), dir.clone(), state, vm, None, outside))
     }
 
-    /// One that has come to this, whose hooks run in these namespaces.
+    /// One that has come to this, by a command from these namespaces.
     pub fn further(self: &Rc<Self>, dir: Rc<StateDir>, state: State, outside: Vec<OwnedFd>) -> Rc<Self> {
         let first = self.first.clone().unwrap_or_else(|| self.clone());
-        Rc::new(Self::new(self.sandbox.clone(), dir, state, self.vm.clone(), Some(first), outside))
+        Rc::new(Self::new(self.sandbox.clone(), dir, state, self.vm.clone(), Some(first), outside.into()))
     }
 
     fn new(
@@ -81,7 +82,7 @@ impl Container {
         state: State,
         vm: Rc<Common>,
         first: Option<Rc<Container>>,
-        outside: Vec<OwnedFd>,
+        outside: Rc<[OwnedFd]>,
     ) -> Self {
         Container {
             sandbox,
@@ -124,10 +125,7 @@ impl Container {
     /// Runs hooks of the container where its command came from.
     pub async fn run_hooks(&self, kind: &'static str, list: &[Hook]) -> Result<(), Error> {
         let state = self.state.borrow().to_oci_json();
-        match self.first {
-            None => self.sandbox.run_hooks(kind, list, state).await,
-            Some(_) => run_hooks_in(&self.outside, kind, list, state).await,
-        }
+        run_hooks_in(&self.outside, kind, list, state).await
     }
 
     /// Lets the workload run.

@@ -16,7 +16,7 @@ use super::agent::Exit;
 use super::container::Container;
 use super::control::{self, AsyncConversation, Listener, Reply, Request};
 use super::{Error, enter, join};
-use crate::bundle::{Bundle, guest};
+use crate::bundle::{Bundle, guest, hooks};
 use crate::state::{StateDir, Status};
 
 /// The tasks of a container's conversations. They end with it.
@@ -101,10 +101,8 @@ impl Container {
         let spec = self.share_files(bundle)?;
         self.sandbox.add_oom_score(&bundle.spec);
         let hooks = bundle.spec.hooks().clone().unwrap_or_default();
-        #[allow(deprecated)]
-        let early = [("prestart", hooks.prestart()), ("createRuntime", hooks.create_runtime())];
-        for (kind, list) in early {
-            self.run_hooks(kind, list.as_deref().unwrap_or_default()).await?;
+        for (kind, list) in hooks::early(&hooks) {
+            self.run_hooks(kind, list).await?;
         }
         *self.poststart.borrow_mut() = hooks.poststart().clone().unwrap_or_default();
 

@@ -320,11 +320,6 @@ impl Sandbox {
         Ok(adopt::adopt(outside.as_fd(), paths)?)
     }
 
-    /// The namespaces that this process came from, if they were to be kept.
-    pub fn outside(&self) -> &[OwnedFd] {
-        &self.outside
-    }
-
     /// Wires the network as it is now: what is new is attached to the VM. Returns what to tell the agent of it, by
     /// [`Self::set_network`]. `save` is given what there will be to take back before any of it is made. Answered
     /// while [`Self::watch`] runs.

@@ -10,7 +10,7 @@ use std::ffi::{CStr, CString};
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
@@ -212,6 +212,11 @@ fn restrict(target: &Path, readonly: ReadOnly, recursive: bool) -> io::Result<()
         }
         _ => set_attributes(libc::AT_FDCWD, &path, all, &data),
     }
+}
+
+/// Which file a path leads to: device and inode.
+pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 /// mount_setattr(2).

@@ -112,10 +112,8 @@ impl Supervisor {
     async fn story(&self, story: Story<'_>, relays: Relays, stdio: &HostStdio) -> Result<Exit, Error> {
         let id = &*self.container.id();
         let hooks = story.hooks.unwrap_or_default();
-        #[allow(deprecated)]
-        let early = [("prestart", hooks.prestart()), ("createRuntime", hooks.create_runtime())];
-        for (kind, list) in early {
-            self.container.run_hooks(kind, list.as_deref().unwrap_or_default()).await?;
+        for (kind, list) in hooks::early(&hooks) {
+            self.container.run_hooks(kind, list).await?;
         }
         *self.container.poststart.borrow_mut() = hooks.poststart().clone().unwrap_or_default();
 
@@ -223,7 +221,7 @@ impl Supervisor {
         {
             self.container.state.borrow_mut().status = Status::Stopped;
             let state = self.container.state.borrow();
-            let outside = self.container.sandbox.outside();
+            let outside = &self.container.outside;
             if let Err(e) = hooks::run("poststop", &state.poststop, &state.to_oci_json(), outside) {
                 tracing::warn!("{e}");
             }

@@ -9,12 +9,11 @@
 mod memory;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use stockade_agent_protocol::messages::MakeVolumeRequest;
 
+use super::share::identity;
 use crate::bundle::guest::{Bind, Placed, ReadOnly};
 use memory::InMemory;
 
@@ -30,8 +29,7 @@ const UID_LABEL: &str = "io.kubernetes.pod.uid";
 /// All of a pod's.
 #[derive(Debug, Default)]
 pub struct Volumes {
-    /// Part of the paths of directories that kubelet makes for this pod and removes with it, if the pod is known.
-    empty_dirs: Option<String>,
+    /// Those in memory, if it is known which pod it is.
     in_memory: Option<InMemory>,
     made: usize,
     all: Vec<Volume>,
@@ -55,9 +53,8 @@ impl Volumes {
             labels.get(UID_LABEL).cloned()
         };
         let uid = annotations.get(CRI_UID).cloned().or_else(label).filter(|uid| !uid.is_empty());
-        let empty_dirs = uid.as_ref().map(|uid| format!("/pods/{uid}/volumes/kubernetes.io~empty-dir/"));
-        let in_memory = uid.as_ref().map(|uid| InMemory::of(uid, memory));
-        Self { empty_dirs, in_memory, ..Self::default() }
+        let in_memory = uid.map(|uid| InMemory::of(&uid, memory));
+        Self { in_memory, ..Self::default() }
     }
 
     /// Learns of what has a place in the share already.
@@ -74,8 +71,7 @@ impl Volumes {
             return Placed::InGuest(path);
         }
         let file = identity(&bind.source);
-        let source = bind.source.to_string_lossy();
-        let is_pods_own = self.empty_dirs.as_ref().is_some_and(|dirs| source.contains(dirs));
+        let is_pods_own = self.in_memory.as_ref().is_some_and(|pod| pod.is_empty_dir(&bind.source));
         let readonly = if is_pods_own { ReadOnly::No } else { bind.readonly };
         let bind = Bind { readonly, ..bind };
         let same = |known: &&mut Volume| {
@@ -107,14 +103,10 @@ impl Volumes {
     }
 }
 
-/// Which file it is: device and inode.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn bind(source: &Path, readonly: ReadOnly) -> Bind {
         Bind {

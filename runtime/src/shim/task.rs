@@ -24,7 +24,7 @@ use super::role::Role;
 use super::stdio::{self, Owner, Paths};
 use super::{rootfs, stats};
 use crate::bundle::guest::{self, Adapted};
-use crate::bundle::{self, Bundle};
+use crate::bundle::{self, Bundle, hooks};
 use crate::printable::error_line;
 use crate::sandbox::{self, Adopted, Sandbox, agent};
 
@@ -142,9 +142,7 @@ impl Pod {
         let relays = host.relay(streams, || ()).map_err(super::io_error("relay the standard streams"))?;
 
         let hooks = bundle.spec.hooks().clone().unwrap_or_default();
-        #[allow(deprecated)]
-        let early = [("prestart", hooks.prestart()), ("createRuntime", hooks.create_runtime())];
-        for (kind, list) in early {
+        for (kind, list) in hooks::early(&hooks) {
             self.run_hooks(kind, list, id, path, "creating").await?;
         }
         if let Err(e) = vm.agent.create(id, adapted.spec, wanted).await {
@@ -224,12 +222,11 @@ impl Pod {
     async fn run_hooks(
         &self,
         kind: &'static str,
-        list: &Option<Vec<Hook>>,
+        list: &[Hook],
         id: &str,
         bundle: &Path,
         status: &str,
     ) -> Result<(), Error> {
-        let list = list.as_deref().unwrap_or_default();
         if list.is_empty() {
             return Ok(());
         }
@@ -267,7 +264,16 @@ impl Pod {
         self.publisher.publish(topics::TASK_START_EVENT_TOPIC, &event);
         let poststart = container.hooks.poststart();
         // A poststart hook that fails is reported; the container runs on (runtime specification, lifecycle).
-        if let Err(e) = self.run_hooks("poststart", poststart, id, &container.bundle, "running").await {
+        if let Err(e) = self
+            .run_hooks(
+                "poststart",
+                poststart.as_deref().unwrap_or_default(),
+                id,
+                &container.bundle,
+                "running",
+            )
+            .await
+        {
             tracing::error!(container = id, "{e}");
         }
         Ok(self.pid())

@@ -53,6 +53,11 @@ impl InMemory {
         Self { volumes, parts, memory, lent: 0, known: Vec::new() }
     }
 
+    /// Whether a path is in a directory that kubelet makes for this pod and removes with it, in memory or not.
+    pub fn is_empty_dir(&self, source: &Path) -> bool {
+        source.to_string_lossy().contains(&self.volumes)
+    }
+
     /// If a container mounts something of a volume in memory: where the guest has it, and what to have it make first.
     pub fn place(&mut self, source: &Path, container: &str) -> Option<(PathBuf, MakeVolumeRequest)> {
         let found = fs::metadata(source).ok().filter(fs::Metadata::is_dir)?;
