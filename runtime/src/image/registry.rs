@@ -7,6 +7,8 @@
 //! Blocking I/O with one thread a layer: there is no event loop here, and no thread pool, and none of this is
 //! initialised before there is something to pull.
 
+mod auth;
+
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::net::IpAddr;
@@ -15,7 +17,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
@@ -44,8 +45,6 @@ const PAUSE: Duration = Duration::from_millis(500);
 const CHUNK: usize = 256 << 10;
 /// Where the default registry serves the API; its own name is that of a web site.
 const DEFAULT_API: &str = "registry-1.docker.io";
-/// Longest token that is believed to be one.
-const TOKEN_MAX: u64 = 1 << 20;
 
 /// What can go wrong with a registry.
 #[derive(Debug, thiserror::Error)]
@@ -376,105 +375,6 @@ impl Registry {
         }
     }
 
-    /// Answers a challenge (RFC 9110, 11; distribution's token authentication).
-    fn authorize(&self, answer: &Response<Body>) -> Result<Attempt<String>, Error> {
-        let challenges: Vec<_> = answer
-            .headers()
-            .get_all(header::WWW_AUTHENTICATE)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .collect();
-        let find = |scheme: &str| {
-            challenges.iter().find_map(|c| {
-                let (name, rest) = c.split_once(' ').unwrap_or((c, ""));
-                name.eq_ignore_ascii_case(scheme).then_some(rest)
-            })
-        };
-        if let Some(parameters) = find("bearer") {
-            return Ok(match self.token(parameters)? {
-                Attempt::Done(token) => Attempt::Done(format!("Bearer {token}")),
-                Attempt::Again(error) => Attempt::Again(error),
-            });
-        }
-        match (find("basic"), &self.credentials) {
-            (Some(_), Some(credentials)) => {
-                credentials.basic().map(Attempt::Done).ok_or_else(|| self.denied())
-            }
-            (Some(_), None) => Err(self.denied()),
-            (None, _) => Err(self.failed("it asks for an authentication that stockade does not know")),
-        }
-    }
-
-    /// Asks the registry's token service.
-    fn token(&self, parameters: &str) -> Result<Attempt<String>, Error> {
-        #[derive(Deserialize)]
-        struct Answer {
-            token: Option<String>,
-            access_token: Option<String>,
-        }
-        let realm =
-            parameter(parameters, "realm").ok_or_else(|| self.failed("its challenge has no realm"))?;
-        let near = self.plain && realm.starts_with("http://") && is_loopback(authority(&realm));
-        if !near && !realm.starts_with("https://") {
-            return Err(self.failed("it wants credentials to be sent without encryption"));
-        }
-        let scope = format!("repository:{}:pull", self.name.repository);
-        let service = parameter(parameters, "service");
-        let sent = match self.credentials.as_ref().and_then(Credentials::refresh_token) {
-            Some(refresh) => {
-                let mut form = vec![
-                    ("grant_type", "refresh_token"),
-                    ("client_id", "stockade"),
-                    ("refresh_token", refresh),
-                    ("scope", &scope),
-                ];
-                form.extend(service.as_deref().map(|service| ("service", service)));
-                self.agent.post(&realm).send_form(form)
-            }
-            None => {
-                let mut request = self.agent.get(&realm).query("scope", &scope);
-                if let Some(service) = &service {
-                    request = request.query("service", service);
-                }
-                if let Some(basic) = self.credentials.as_ref().and_then(Credentials::basic) {
-                    request = request.header(header::AUTHORIZATION, basic);
-                }
-                request.call()
-            }
-        };
-        let mut answer = match sent {
-            Ok(answer) => answer,
-            Err(e) => return self.lost(&e).map(Attempt::Again),
-        };
-        match answer.status() {
-            StatusCode::OK => {}
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::BAD_REQUEST => {
-                return Err(self.denied());
-            }
-            _ => return Ok(Attempt::Again(self.status(answer, "a token"))),
-        }
-        let bytes = match self.body(&mut answer, TOKEN_MAX) {
-            Ok(bytes) => bytes,
-            Err(Ok(again)) => return Ok(Attempt::Again(again)),
-            Err(Err(error)) => return Err(error),
-        };
-        let token = serde_json::from_slice(&bytes).ok().and_then(|a: Answer| a.token.or(a.access_token));
-        // It becomes a header.
-        match token.filter(|token| token.bytes().all(|b| (0x21..0x7f).contains(&b))) {
-            Some(token) => Ok(Attempt::Done(token)),
-            None => Err(self.failed("its token service sends no token")),
-        }
-    }
-
-    fn denied(&self) -> Error {
-        let (who, place) = match &self.credentials {
-            Some(credentials) => (credentials.who(), credentials.place.clone()),
-            None => ("an anonymous user".into(), credentials::FIRST_PLACE.into()),
-        };
-        let Name { registry, repository, .. } = &self.name;
-        Error::Denied { registry: registry.clone(), who, name: repository.clone(), place }
-    }
-
     /// An answer that is no good, with what the registry says about it (distribution specification, error codes).
     fn status(&self, mut answer: Response<Body>, what: &str) -> Error {
         let status = answer.status().as_u16();
@@ -577,37 +477,6 @@ fn authority(url: &str) -> &str {
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let authority = &rest[..end];
     authority.rsplit_once('@').map_or(authority, |(_, host)| host)
-}
-
-/// A parameter of a challenge: `name="value"` or `name=value`, with commas between (RFC 9110, 11.2).
-fn parameter(text: &str, wanted: &str) -> Option<String> {
-    let mut rest = text.trim_start();
-    while !rest.is_empty() {
-        let (name, after) = rest.split_once('=')?;
-        let (value, after) = match after.strip_prefix('"') {
-            Some(quoted) => {
-                let mut value = String::new();
-                let mut characters = quoted.char_indices();
-                let end = loop {
-                    match characters.next()? {
-                        (at, '"') => break at + 1,
-                        (_, '\\') => value.push(characters.next()?.1),
-                        (_, character) => value.push(character),
-                    }
-                };
-                (value, &quoted[end..])
-            }
-            None => {
-                let end = after.find(',').unwrap_or(after.len());
-                (after[..end].trim().to_owned(), &after[end..])
-            }
-        };
-        if name.trim().eq_ignore_ascii_case(wanted) {
-            return Some(value);
-        }
-        rest = after.trim_start_matches([',', ' ', '\t']);
-    }
-    None
 }
 
 #[cfg(test)]
