@@ -157,8 +157,7 @@ pub fn measure(plan: &Plan, out: &Path) -> Result<bool, String> {
     Ok(complete)
 }
 
-/// Measures a case, and if it fails once more from its beginning: on this clock a VM's start stalls now and then. The
-/// report says so. False when it failed twice.
+/// Measures a case, and if it fails once more from its beginning; the report says so. False when it failed twice.
 fn try_twice(case: &Case, plan: &Plan, runtime: &Runtime, results: &mut Results) -> bool {
     let rows = results.rows.len();
     for last in [false, true] {

@@ -4,6 +4,7 @@
 //! killed when [`Machine`] is dropped. It holds three ends of socket pairs, the serial console, the link and its
 //! monitor, and shares nothing else with this process.
 
+use super::mend::mend;
 use super::{LabError, io_error};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -83,6 +84,9 @@ impl Machine {
             what: "run qemu-system-x86_64 (package qemu-system-x86)".into(),
             source,
         })?;
+        if let Err(why) = mend(&child) {
+            eprintln!("lab: QEMU gives guests an interrupt twice now and then, and is not mended: {why}");
+        }
         Ok(Machine { child, console, link, monitor })
     }
 

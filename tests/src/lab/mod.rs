@@ -36,6 +36,7 @@ mod initrd;
 mod kvm;
 mod link;
 mod machine;
+mod mend;
 mod payload;
 mod session;
 mod static_keys;
