@@ -10,6 +10,7 @@
 //! systems) is done in a forked child.
 
 mod boot;
+mod bpf;
 mod cgroup;
 mod console;
 mod container;
@@ -28,6 +29,7 @@ mod oom;
 mod pod;
 mod processes;
 mod reaper;
+mod resolver;
 mod sandbox;
 mod seccomp;
 mod service;

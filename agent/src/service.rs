@@ -17,7 +17,7 @@ use stockade_agent_protocol::messages::{
     WaitResponse,
 };
 use stockade_agent_protocol::service::Agent;
-use stockade_agent_protocol::{FORWARD_PORT, GUEST, PROTOCOL_VERSION};
+use stockade_agent_protocol::{FORWARD_PORT, GUEST, PROTOCOL_VERSION, RESOLVER_PORT};
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::boot::Options;
@@ -26,7 +26,7 @@ use crate::enter::Entered;
 use crate::error::Error;
 use crate::supervise::Process;
 use crate::vsock::Listener;
-use crate::{boot, console, forward, network, pod, processes, sandbox, volumes};
+use crate::{boot, console, forward, network, pod, processes, resolver, sandbox, volumes};
 
 /// Highest signal number, SIGRTMAX.
 const SIGNAL_MAX: u32 = 64;
@@ -135,6 +135,13 @@ impl Agent for Service {
     async fn set_network(&self, _: &TtrpcContext, request: SetNetworkRequest) -> ttrpc::Result<Empty> {
         self.containers()?;
         network::set(&request)?;
+        Ok(Empty::default())
+    }
+
+    async fn relay_resolver(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.containers()?;
+        let listener = Listener::bind(RESOLVER_PORT, self.loopback)?;
+        tokio::spawn(resolver::serve(resolver::Sockets::open()?, listener));
         Ok(Empty::default())
     }
 

@@ -11,6 +11,7 @@ const VM: &str = "the VM's boundary";
 pub const CASES: &[Case] = &[
     case!(run_reports_output_exit_code_and_why_it_cannot).exclusive(),
     case!(a_container_of_the_default_bridge_serves_is_watched_and_stopped).exclusive(),
+    case!(containers_of_a_network_find_each_other_by_name).exclusive(),
     case!(containers_are_restarted_as_their_policy_says).exclusive(),
     case!(top_names_processes_of_the_sandbox_only).stockade_only(VM).exclusive(),
     case!(what_a_vm_cannot_honour_is_refused_by_name).stockade_only(VM).exclusive(),
@@ -111,6 +112,28 @@ fn a_container_of_the_default_bridge_serves_is_watched_and_stopped() {
     let logs = docker.docker(&["logs", "web"]).code(0).text();
     assert!(logs.starts_with("up\nasked\n"), "{logs}");
     docker.docker(&["rm", "web"]).code(0);
+}
+
+fn containers_of_a_network_find_each_other_by_name() {
+    let docker = Docker::start();
+    docker.docker(&["network", "create", "own"]).code(0);
+    let own = ["--network", "own", "--network-alias", "site"];
+    // It serves at the name server's port too, on all addresses.
+    let serve = format!(
+        "mkdir /www; echo served > /www/index.html; httpd -p 80 -h /www; httpd -p 53 -h /www; {IDLE}"
+    );
+    docker.detached("web", &own, &serve);
+    docker.wait_for_line("web", "up");
+    let ask = "cat /etc/resolv.conf | grep ^nameserver; wget -q -O - http://web/; wget -q -O - http://site:53/
+        nslookup site 127.0.0.11 | grep -c '^Server:.*127.0.0.11'; nslookup nobody >/dev/null 2>&1 || echo unknown";
+    let answers = "nameserver 127.0.0.11\nserved\nserved\n1\nunknown\n";
+    assert_eq!(docker.run(&["--network", "own"], ask).ok(), answers);
+    // Who shares the network of one asks the same, and its own exec too.
+    assert_eq!(docker.run(&["--network", "container:web"], "wget -q -O - http://site/").ok(), "served\n");
+    assert_eq!(docker.docker(&["exec", "web", "wget", "-q", "-O", "-", "http://site/"]).ok(), "served\n");
+    docker.docker(&["kill", "web"]).code(0);
+    docker.docker(&["rm", "--force", "web"]).code(0);
+    docker.docker(&["network", "rm", "own"]).code(0);
 }
 
 fn containers_are_restarted_as_their_policy_says() {

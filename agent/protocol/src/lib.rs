@@ -7,10 +7,12 @@
 //! Nothing in this crate does I/O or trusts its input: parsers are total, bounded and strict.
 
 mod id;
+mod question;
 pub mod resources;
 mod stdio;
 
 pub use id::{ID_MAX, InvalidId, check_id};
+pub use question::{QUESTION_HEADER, QuestionHeader};
 pub use stdio::{HEADER_MAX, InvalidHeader, Stream, StreamHeader};
 
 /// What the code generator makes of `agent.proto`.
@@ -26,7 +28,7 @@ pub use generated::agent as messages;
 pub use generated::agent_ttrpc as service;
 
 /// Version of the contract. The host brings its own guest image, so both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 /// Guest port of the ttrpc service.
 pub const RPC_PORT: u32 = 1024;
 /// Guest port of stdio streams.
@@ -52,3 +54,10 @@ pub const FORWARD_PORT: u32 = 1026;
 pub const FORWARD_HEADER_MAX: usize = "65535".len() + 1;
 /// From here on, all that either side sends is the connection's.
 pub const DIALLED: u8 = b'+';
+/// Where Docker's name server for networks of its own is, in the container's network namespace.
+pub const RESOLVER: std::net::Ipv4Addr = std::net::Ipv4Addr::new(127, 0, 0, 11);
+/// Port that it is asked at.
+pub const RESOLVER_DNS_PORT: u16 = 53;
+/// Guest port of the stream with questions to it, after RelayResolver. Each message, question and answer, has a
+/// [`QuestionHeader`] before it.
+pub const RESOLVER_PORT: u32 = 1027;

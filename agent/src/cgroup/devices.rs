@@ -4,12 +4,11 @@
 //! they come to, and that is written out as instructions: a few compares for each device, then the default.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
+use crate::bpf::{Hook, Instruction};
 use crate::error::Error;
 
 /// Access to a device, as in `linux/bpf.h`.
@@ -195,129 +194,12 @@ fn access(letters: &str) -> Result<u32, Error> {
     })
 }
 
-/// `struct bpf_insn` (Documentation/bpf/standardization/instruction-set.rst).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
-struct Instruction {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-impl Instruction {
-    const fn new(code: u8, to: u8, from: u8, offset: i16, immediate: u32) -> Self {
-        Self { code, registers: to | from << 4, offset, immediate: immediate as i32 }
-    }
-
-    /// to = 32-bit word at the context (r1) + offset.
-    const fn load_word(to: u8, offset: i16) -> Self {
-        Self::new(0x61, to, 1, offset, 0)
-    }
-
-    const fn mov_reg(to: u8, from: u8) -> Self {
-        Self::new(0xbc, to, from, 0, 0)
-    }
-
-    const fn mov_imm(to: u8, value: u32) -> Self {
-        Self::new(0xb4, to, 0, 0, value)
-    }
-
-    const fn and_imm(to: u8, value: u32) -> Self {
-        Self::new(0x54, to, 0, 0, value)
-    }
-
-    const fn shift_right(to: u8, by: u32) -> Self {
-        Self::new(0x74, to, 0, 0, by)
-    }
-
-    const fn jump_if_equal(register: u8, value: u32, by: i16) -> Self {
-        Self::new(0x16, register, 0, by, value)
-    }
-
-    const fn jump_if_not_equal(register: u8, value: u32, by: i16) -> Self {
-        Self::new(0x56, register, 0, by, value)
-    }
-
-    const fn exit() -> Self {
-        Self::new(0x95, 0, 0, 0, 0)
-    }
-}
-
 /// Lets the processes of a cgroup open and make only what `rules` allow.
 pub fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(), Error> {
     let policy = Policy::of(rules)?;
     let failed = |e| Error::os("applying linux.resources.devices", e);
-    let program = load(&policy.program()).map_err(failed)?;
     let cgroup = File::open(cgroup).map_err(failed)?;
-    attach(&cgroup, &program).map_err(failed)
-}
-
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_PROG_ATTACH: libc::c_int = 8;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-
-/// The beginning of `union bpf_attr` for BPF_PROG_LOAD.
-#[repr(C)]
-struct LoadAttributes {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-}
-
-/// The beginning of `union bpf_attr` for BPF_PROG_ATTACH.
-#[repr(C)]
-struct AttachAttributes {
-    target_fd: u32,
-    program_fd: u32,
-    attach_type: u32,
-    flags: u32,
-}
-
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let attributes = LoadAttributes {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: program.len() as u32,
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buf: 0,
-    };
-    let fd = loop {
-        // SAFETY: the kernel reads the attributes and what they point to, all of which outlive the call.
-        let fd =
-            unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &attributes, size_of::<LoadAttributes>()) };
-        if fd >= 0 {
-            break fd;
-        }
-        // The verifier gives up when a signal is pending, here SIGCHLD, which has been handled by now.
-        let e = io::Error::last_os_error();
-        if e.kind() != io::ErrorKind::WouldBlock {
-            return Err(e);
-        }
-    };
-    // SAFETY: the kernel just returned this descriptor; nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-/// Without flags an attached program takes the place of the one before it.
-fn attach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
-    let attributes = AttachAttributes {
-        target_fd: cgroup.as_raw_fd() as u32,
-        program_fd: program.as_raw_fd() as u32,
-        attach_type: BPF_CGROUP_DEVICE,
-        flags: 0,
-    };
-    // SAFETY: the kernel reads the attributes, which outlive the call.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &attributes, size_of::<AttachAttributes>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    Hook::Device.attach(&cgroup, &policy.program()).map_err(failed)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@
 pub mod loopback;
 mod monitor;
 mod namespace;
+pub mod resolver;
 mod scan;
 mod tap;
 mod traffic;

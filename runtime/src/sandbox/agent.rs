@@ -118,6 +118,11 @@ impl Agent {
         call(self.0.set_network(context(), request)).await.map(drop)
     }
 
+    /// Has it take questions to Docker's name server.
+    pub async fn relay_resolver(&self) -> Result<(), Error> {
+        call(self.0.relay_resolver(context(), &Empty::default())).await.map(drop)
+    }
+
     /// Prepares what the containers of a pod share.
     pub async fn set_pod(&self, request: &SetPodRequest) -> Result<(), Error> {
         call(self.0.set_pod(context(), request)).await.map(drop)

@@ -104,6 +104,7 @@ impl Spawned {
             console,
             share,
             network,
+            has_resolver: Cell::new(false),
             outside: outside.into(),
             first_run_ns: Cell::new(0),
             oom_score: OomScore::default(),

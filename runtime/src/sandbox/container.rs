@@ -17,6 +17,7 @@ use super::control::{self, AsyncConversation, ProcessInfo, Reply, Request};
 use super::volumes::Volumes;
 use super::{Error, Sandbox, agent, cgroup, enter, run_hooks_in};
 use crate::bundle::guest::{self, Bind};
+use crate::network::resolver::ResolvConf;
 use crate::state::{State, StateDir, Status};
 
 /// How long execs of a container that has ended may take to be told so.
@@ -42,6 +43,8 @@ pub(super) struct Container {
     pub outside: Rc<[OwnedFd]>,
     /// Hooks to run once it has been started.
     pub poststart: RefCell<Vec<Hook>>,
+    /// What it has at `/etc/resolv.conf`, where that is a mount.
+    resolv_conf: Option<ResolvConf>,
     execs: RefCell<Vec<JoinHandle<()>>>,
     exec_count: Cell<u64>,
     /// The processes of the host that stand for execs.
@@ -63,11 +66,18 @@ pub(super) struct Common {
 
 impl Container {
     /// The one that a VM was made for, with what of it is in the share.
-    pub fn first(sandbox: Sandbox, dir: &Rc<StateDir>, state: State, binds: &[Bind]) -> Rc<Self> {
+    pub fn first(
+        sandbox: Sandbox,
+        dir: &Rc<StateDir>,
+        state: State,
+        binds: &[Bind],
+        resolv_conf: Option<ResolvConf>,
+    ) -> Rc<Self> {
         let vm = Rc::<Common>::default();
         binds.iter().for_each(|bind| vm.volumes.borrow_mut().know(bind, &state.id));
         let outside = sandbox.outside.clone();
-        Rc::new(Self::new(Rc::new(sandbox), dir.clone(), state, vm, None, outside))
+        let container = Self::new(Rc::new(sandbox), dir.clone(), state, vm, None, outside);
+        Rc::new(Container { resolv_conf, ..container })
     }
 
     /// One that has come to this, by a command from these namespaces.
@@ -94,6 +104,7 @@ impl Container {
             first,
             outside,
             poststart: RefCell::default(),
+            resolv_conf: None,
             execs: RefCell::default(),
             exec_count: Cell::new(0),
             exec_pids: RefCell::default(),
@@ -130,6 +141,7 @@ impl Container {
 
     /// Lets the workload run.
     pub async fn start(&self) -> Result<(), Error> {
+        self.sandbox.set_resolver(self.resolv_conf.as_ref()).await?;
         self.sandbox
             .agent
             .start(&self.id())

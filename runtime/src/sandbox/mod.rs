@@ -48,7 +48,7 @@ use std::time::Duration;
 
 use oci_spec::runtime::{Hook, Spec};
 use stockade_agent_protocol::messages::{SetNetworkRequest, SetPodRequest};
-use stockade_agent_protocol::{FORWARD_PORT, STDIO_PORT};
+use stockade_agent_protocol::{FORWARD_PORT, RESOLVER_PORT, STDIO_PORT};
 use stockade_vmm::control::StopReason;
 use tokio::time::timeout;
 
@@ -57,6 +57,7 @@ use crate::bundle::pod::Shared;
 use crate::bundle::{self, Bundle, hooks};
 use crate::config;
 use crate::guest_files;
+use crate::network::resolver::{self, ResolvConf};
 use crate::network::{self, Network, Traffic};
 use crate::records::{self, Record};
 use crate::size;
@@ -186,6 +187,7 @@ pub struct Sandbox {
     console: Console,
     share: Share,
     network: Network,
+    has_resolver: Cell<bool>,
     outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
     oom_score: OomScore,
@@ -342,6 +344,26 @@ impl Sandbox {
         let set = self.agent.set_network(&request).await;
         self.timeline.mark("network_set");
         set.map_err(|source| Error::Agent { what: "set up the guest's network", source })
+    }
+
+    /// Gives the guest Docker's name server, once a container's `/etc/resolv.conf` names it.
+    pub async fn set_resolver(&self, resolv_conf: Option<&ResolvConf>) -> Result<(), Error> {
+        if self.has_resolver.get() || !resolv_conf.is_some_and(ResolvConf::names_resolver) {
+            return Ok(());
+        }
+        let relayed = self.agent.relay_resolver().await;
+        relayed.map_err(|source| Error::Agent { what: "have names resolved by Docker", source })?;
+        let os = |e| Error::Os("have names resolved by Docker", e);
+        let stream = std::os::unix::net::UnixStream::from(self.vmm.connect(RESOLVER_PORT)?);
+        stream.set_nonblocking(true).map_err(os)?;
+        let stream = tokio::net::UnixStream::from_std(stream).map_err(os)?;
+        self.has_resolver.set(true);
+        tokio::task::spawn_local(async move {
+            if let Err(e) = resolver::carry(stream).await {
+                tracing::warn!("names are not resolved by Docker any more: {e}");
+            }
+        });
+        Ok(())
     }
 
     /// Has the agent prepare what the containers of a pod share.

@@ -25,6 +25,7 @@ use super::stdio::{self, Owner, Paths};
 use super::{rootfs, stats};
 use crate::bundle::guest::{self, Adapted};
 use crate::bundle::{self, Bundle, hooks};
+use crate::network::resolver::ResolvConf;
 use crate::printable::error_line;
 use crate::sandbox::{self, Adopted, Sandbox, agent};
 
@@ -45,6 +46,8 @@ pub struct Container {
     pub paused: Cell<bool>,
     /// It is what kubelet calls the pause container: nothing of it is in the guest.
     pub is_pause: bool,
+    /// What it has at `/etc/resolv.conf`, where that is a mount.
+    resolv_conf: Option<ResolvConf>,
     hooks: Hooks,
 }
 
@@ -94,7 +97,7 @@ impl Pod {
         let init = Rc::new(Process::new("", paths));
         let is_pause = self.plan.role == Role::Pod && id == self.plan.id;
         if is_pause {
-            let container = self.admit(&id, bundle, init, Hooks::default(), true);
+            let container = self.admit(&id, bundle, init, Hooks::default(), true, None);
             self.created(&container, &request);
             return Ok(self.pid());
         }
@@ -148,7 +151,8 @@ impl Pod {
         if let Err(e) = vm.agent.create(id, adapted.spec, wanted).await {
             return Err(self.explain("create the container", e).await);
         }
-        let container = self.admit(id, path.to_owned(), init.clone(), hooks, false);
+        let resolv_conf = ResolvConf::of(&bundle.spec);
+        let container = self.admit(id, path.to_owned(), init.clone(), hooks, false, resolv_conf);
         tokio::task::spawn_local(self.clone().follow(container.clone(), init, relays));
         Ok(container)
     }
@@ -185,6 +189,7 @@ impl Pod {
         init: Rc<Process>,
         hooks: Hooks,
         is_pause: bool,
+        resolv_conf: Option<ResolvConf>,
     ) -> Rc<Container> {
         init.pid.set(self.pid());
         let container = Rc::new(Container {
@@ -194,6 +199,7 @@ impl Pod {
             execs: RefCell::default(),
             paused: Cell::new(false),
             is_pause,
+            resolv_conf,
             hooks,
         });
         self.containers.borrow_mut().insert(id.into(), container.clone());
@@ -254,6 +260,7 @@ impl Pod {
         }
         if !container.is_pause {
             let vm = self.vm()?;
+            vm.set_resolver(container.resolv_conf.as_ref()).await?;
             if let Err(e) = vm.agent.start(id).await {
                 return Err(self.explain("start the container", e).await);
             }
