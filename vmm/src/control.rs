@@ -79,6 +79,12 @@ pub enum Request {
         /// Whether there is a carrier.
         up: bool,
     },
+    /// Empty a slot. Not answered. The tap is closed when no driver of the guest runs the device, so who asks has had
+    /// the guest let go of it, and does not count on that: a tap that is deleted carries nothing for anybody.
+    DetachNetwork {
+        /// Which, 0 to 3.
+        slot: u8,
+    },
     /// Stop all vCPUs where they are. Answered by `Paused`.
     Pause,
     /// Let them go on. Answered by `Resumed`.
@@ -225,6 +231,11 @@ impl Client {
         self.0.send(&Request::SetLink { slot, up }, &[])
     }
 
+    /// Empties a network slot.
+    pub fn detach_network(&self, slot: u8) -> Result<(), Error> {
+        self.0.send(&Request::DetachNetwork { slot }, &[])
+    }
+
     /// Stops the vCPUs where they are.
     pub fn pause(&self) -> Result<(), Error> {
         self.0.send(&Request::Pause, &[])
@@ -282,6 +293,7 @@ pub(crate) enum Received {
     Connect { id: u64, port: u32, stream: OwnedFd },
     AttachNetwork { slot: u8, interface: Interface, tap: OwnedFd },
     SetLink { slot: u8, up: bool },
+    DetachNetwork { slot: u8 },
     Pause,
     Resume,
     Stop,
@@ -315,6 +327,9 @@ impl Server {
                 Received::AttachNetwork { slot, interface, tap }
             }
             Request::SetLink { slot, up } => expect_fds(&fds, 0).map(|()| Received::SetLink { slot, up })?,
+            Request::DetachNetwork { slot } => {
+                expect_fds(&fds, 0).map(|()| Received::DetachNetwork { slot })?
+            }
             Request::Pause => expect_fds(&fds, 0).map(|()| Received::Pause)?,
             Request::Resume => expect_fds(&fds, 0).map(|()| Received::Resume)?,
             Request::Stop => expect_fds(&fds, 0).map(|()| Received::Stop)?,
@@ -483,6 +498,9 @@ mod tests {
         assert_eq!(got, interface);
         let next = server.recv(false).unwrap();
         assert!(matches!(next, Poll::Ready(Some(Received::SetLink { slot: 2, up: false }))));
+        client.detach_network(2).unwrap();
+        let next = server.recv(false).unwrap();
+        assert!(matches!(next, Poll::Ready(Some(Received::DetachNetwork { slot: 2 }))));
         client.0.send(&Request::AttachNetwork { slot: 0, interface }, &[]).unwrap();
         assert!(matches!(server.recv(true), Err(Error::Descriptors { expected: 1, found: 0 })));
     }

@@ -170,6 +170,11 @@ impl Supervision {
                         plug.set_link(up);
                     }
                 }
+                Poll::Ready(Some(Received::DetachNetwork { slot })) => {
+                    if let Some(plug) = self.plugs.get(usize::from(slot)) {
+                        plug.detach();
+                    }
+                }
                 Poll::Ready(Some(Received::Pause)) => {
                     self.pausing = true;
                     self.vcpus.pause();

@@ -2,7 +2,8 @@
 //!
 //! A device without a tap is a **placeholder**: it says device type 0, for which section 4.2.3.1.1 has drivers look
 //! away, so a slot that nobody uses costs the guest three register reads and shows nowhere. [`Plug::attach`] makes
-//! it a network device for good; the guest is told to look again. Hot-plug is thereby a change of a register.
+//! it a network device; the guest is told to look again. Hot-plug is thereby a change of a register, and so is its
+//! reverse, [`Plug::detach`], before which the guest is told to let go of the device.
 //!
 //! The worker is a thread of its own ([`worker`]): whatever a guest or its peers do with frames, the streams of the
 //! I/O thread go on. Frames go straight between guest memory and the tap; of each one only its 12-byte header is
@@ -115,6 +116,11 @@ impl Plug {
     /// Makes the placeholder a network device that talks to `tap`.
     pub fn attach(&self, tap: OwnedFd, interface: Interface) -> Result<(), AttachError> {
         self.0.attach(interface, || Tap::new(tap))
+    }
+
+    /// Makes it a placeholder again. A driver that still runs the device keeps the tap until it resets that.
+    pub fn detach(&self) {
+        self.0.lock().attached = None;
     }
 
     /// Sets the carrier. Nothing happens without an interface.

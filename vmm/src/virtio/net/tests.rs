@@ -129,6 +129,29 @@ fn a_slot_takes_one_interface_and_no_impossible_one() {
 }
 
 #[test]
+fn a_slot_that_is_emptied_is_a_placeholder_and_takes_another_interface() {
+    let mut wire = started();
+    wire.plug.detach();
+    assert_eq!(wire.driver.read(0x8), TYPE_PLACEHOLDER);
+    // Its carrier is nobody's any more.
+    wire.plug.set_link(false);
+    // The driver lets go, and then the tap's other end has none.
+    wire.driver.write(0x70, 0);
+    assert!(wire.wire.send(&[0; 64]).is_err());
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let other = Interface { mac: [2, 0, 0, 0, 0, 2], mtu: 9000, up: true };
+    wire.plug.0.attach(other, || Ok(Tap::fake(ours.into(), |_, _| Ok(())))).unwrap();
+    wire.wire = theirs;
+    let mut config = [0; 12];
+    wire.driver.transport.read(0x100, &mut config);
+    assert_eq!(config, [2, 0, 0, 0, 0, 2, 1, 0, 1, 0, 0x28, 0x23]);
+    wire.driver.start();
+    wire.transmit(&[0; SIZE], &frame(60));
+    assert_eq!(wire.on_the_wire()[SIZE..], frame(60));
+}
+
+#[test]
 fn the_carrier_is_a_configuration_change() {
     let mut wire = started();
     let status = |driver: &mut TestDriver| driver.read(0x104) >> 16;
