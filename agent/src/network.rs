@@ -1,8 +1,10 @@
 //! The guest's network: what the host found in the sandbox's network namespace, made here once more.
 //!
-//! The VM's first network namespace is the containers'. A request says all there is to be; applying it again, or one
-//! that says more, leaves what is there already. The interfaces are virtio devices in slots that were empty when the
-//! kernel first looked, so the ones that are missing are probed for.
+//! The VM's first network namespace is the containers'. A request says all there is to be. What the one before said and
+//! this one does not is taken away, what it said too is left as it is, so that what a workload has done to its network
+//! lasts as long as nobody changes the same thing on the host.
+
+mod slots;
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,102 +21,149 @@ use stockade_netlink::route::neighbour::{NeighbourAttribute, NeighbourMessage, N
 use stockade_netlink::route::route::{RouteMessage, RouteProtocol};
 use stockade_netlink::route::{AddressFamily, RouteNetlinkMessage};
 use stockade_netlink::{Connection, NLM_F_CREATE, NLM_F_REPLACE, address, routes};
+use tokio::sync::Mutex;
 
 use crate::error::Error;
-
-/// Where the kernel lists the slots, and the file that makes it look at one again.
-const SLOTS: &str = "/sys/bus/platform/devices";
-const PROBE: &str = "/sys/bus/platform/drivers_probe";
-/// How slots are called there.
-const SLOT_PREFIX: &str = "virtio-mmio.";
+use crate::reaper::Reaper;
+use slots::Device;
 
 /// IFNAMSIZ without the NUL.
 const NAME_MAX: usize = 15;
 
-/// What of an address's flags its maker chose; the rest is the kernel's report. DAD is over: the address is in use.
-const CHOSEN_FLAGS: AddressFlags = AddressFlags::Nodad
-    .union(AddressFlags::Homeaddress)
-    .union(AddressFlags::Managetempaddr)
-    .union(AddressFlags::Noprefixroute)
-    .union(AddressFlags::Mcautojoin);
-
 /// IN6_ADDR_GEN_MODE_NONE (linux/if_link.h): no link-local address but those that are given.
 const GENERATE_NONE: &str = "1";
 
-/// A network device of the guest.
-#[derive(Clone, Debug)]
-struct Device {
+/// What the kernel says of something that is to be removed and is not there, or whose link has gone.
+const GONE: [i32; 4] = [libc::ESRCH, libc::ENOENT, libc::ENODEV, libc::EADDRNOTAVAIL];
+
+/// The guest's network as it was made.
+#[derive(Default)]
+pub struct Network(Mutex<Made>);
+
+#[derive(Default)]
+struct Made {
+    /// What has been asked for.
+    request: SetNetworkRequest,
+    /// The devices of its links, by the MAC addresses that they came with.
+    devices: HashMap<Vec<u8>, Slotted>,
+}
+
+/// A device of the host's, wherever a workload has put it and whatever it calls it.
+struct Slotted {
     index: u32,
-    name: String,
+    slot: Option<String>,
 }
 
-/// Does what the request asks for.
-pub fn set(request: &SetNetworkRequest) -> Result<(), Error> {
-    let mut kernel = Connection::open().map_err(|e| Error::os("opening a netlink socket", e))?;
-    let mut devices = devices(&mut kernel)?;
-    let missing = |devices: &HashMap<Vec<u8>, Device>| {
-        request.links.iter().any(|link| !devices.contains_key(&link.mac))
-    };
-    if missing(&devices) {
-        probe()?;
-        devices = self::devices(&mut kernel)?;
-    }
-    let mut wanted = Vec::new();
-    for link in &request.links {
-        check_name(&link.name)?;
-        let device = devices.get(&link.mac).ok_or_else(|| {
-            Error::Internal(format!("there is no network device with the MAC address of {}", link.name))
-        })?;
-        wanted.push((link, device.clone()));
-    }
-    rename(&mut kernel, &wanted, &devices)?;
-    for (link, device) in &wanted {
-        set_link(&mut kernel, link, device.index)?;
-    }
-    let loopback = devices.values().find(|device| device.name == "lo").map(|device| device.index);
-    let index = |name: &str| match name {
-        "" => loopback,
-        name => wanted.iter().find(|(link, _)| link.name == name).map(|(_, device)| device.index),
-    };
-    for neighbour in &request.neighbours {
-        set_neighbour(&mut kernel, neighbour, &index)?;
-    }
-    let names = wanted.iter().map(|(link, device)| (device.index, link.name.clone())).collect();
-    set_routes(&mut kernel, &request.routes, &names, &index)
+/// A link that there is to be.
+struct Wanted<'a> {
+    link: &'a Link,
+    /// What it was to be before.
+    before: Option<&'a Link>,
+    device: Device,
 }
 
-/// All devices by their MAC addresses. The loopback's is all zeroes.
-fn devices(kernel: &mut Connection) -> Result<HashMap<Vec<u8>, Device>, Error> {
-    let links = kernel
-        .dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))
-        .map_err(|e| Error::os("listing the network devices", e))?;
-    let device = |link: RouteNetlinkMessage| {
-        let RouteNetlinkMessage::NewLink(link) = link else { return None };
-        let (mut mac, mut name) = (None, None);
-        for attribute in link.attributes {
-            match attribute {
-                LinkAttribute::Address(bytes) => mac = Some(bytes),
-                LinkAttribute::IfName(text) => name = Some(text),
-                _ => {}
+impl Wanted<'_> {
+    fn is_changed(&self) -> bool {
+        self.before != Some(self.link)
+    }
+}
+
+impl Network {
+    /// Does what the request asks for. The first is done when this has been polled once.
+    pub async fn set(&self, reaper: &Reaper, request: SetNetworkRequest) -> Result<(), Error> {
+        let mut made = self.0.lock().await;
+        let gone = made.leave_out(&request);
+        if !gone.is_empty() {
+            slots::release(reaper, gone).await?;
+        }
+        made.apply(&request)?;
+        made.request = request;
+        Ok(())
+    }
+}
+
+impl Made {
+    /// Forgets the links that are not in the request; returns their slots.
+    fn leave_out(&mut self, request: &SetNetworkRequest) -> Vec<String> {
+        let is_wanted = |mac: &[u8]| request.links.iter().any(|link| link.mac == mac);
+        self.request.links.retain(|link| is_wanted(&link.mac));
+        let gone = self.devices.extract_if(|mac, _| !is_wanted(mac));
+        gone.filter_map(|(_, device)| device.slot).collect()
+    }
+
+    fn apply(&mut self, request: &SetNetworkRequest) -> Result<(), Error> {
+        let mut kernel = Connection::open().map_err(|e| Error::os("opening a netlink socket", e))?;
+        request.links.iter().try_for_each(|link| check_name(&link.name))?;
+        let devices = self.find(&mut kernel, request)?;
+        let wanted: Vec<_> = request
+            .links
+            .iter()
+            .filter_map(|link| {
+                // One that the workload has moved to a namespace of its own is its own business.
+                let device = devices.get(&self.devices.get(&link.mac)?.index)?.clone();
+                let before = self.request.links.iter().find(|before| before.mac == link.mac);
+                Some(Wanted { link, before, device })
+            })
+            .collect();
+        rename(&mut kernel, &wanted, &devices)?;
+
+        let loopback = devices.values().find(|device| device.name == "lo").map(|device| device.index);
+        let index = |name: &str| match name {
+            "" => loopback,
+            name => wanted.iter().find(|one| one.link.name == name).map(|one| one.device.index),
+        };
+        let before = &self.request;
+        for route in before.routes.iter().filter(|route| !request.routes.contains(route)) {
+            remove_route(&mut kernel, route, &index)?;
+        }
+        for one in wanted.iter().filter(|one| one.is_changed()) {
+            set_link(&mut kernel, one)?;
+        }
+        for neighbour in before.neighbours.iter().filter(|one| !request.neighbours.contains(one)) {
+            if let Ok(message) = neighbour_message(neighbour, &index) {
+                remove(&mut kernel, "a neighbour", RouteNetlinkMessage::DelNeighbour(message))?;
             }
         }
-        Some((mac?, Device { index: link.header.index, name: name? }))
-    };
-    Ok(links.into_iter().filter_map(device).collect())
-}
-
-/// Has the kernel look again at the slots in which it found no device at boot.
-fn probe() -> Result<(), Error> {
-    let slots = fs::read_dir(SLOTS).map_err(|e| Error::os(format!("listing {SLOTS}"), e))?;
-    for slot in slots.flatten() {
-        let name = slot.file_name();
-        let empty = name.to_string_lossy().starts_with(SLOT_PREFIX) && !slot.path().join("driver").exists();
-        if empty {
-            // A slot that is still empty is an error like any other here: the device is missed later, by its name.
-            let _ = fs::write(PROBE, name.as_encoded_bytes());
+        let is_changed = |name: &str| wanted.iter().any(|one| one.link.name == name && one.is_changed());
+        for neighbour in &request.neighbours {
+            if is_changed(&neighbour.link) || !before.neighbours.contains(neighbour) {
+                set_neighbour(&mut kernel, neighbour, &index)?;
+            }
         }
+        let changed = wanted.iter().filter(|one| one.is_changed());
+        let names = changed.map(|one| (one.device.index, one.link.name.clone())).collect();
+        // What leads over a link that has been changed may have gone with an address of it.
+        let is_new = |route: &&Route| {
+            !before.routes.contains(route) || route.next_hops.iter().any(|hop| is_changed(&hop.link))
+        };
+        let new: Vec<_> = request.routes.iter().filter(is_new).collect();
+        set_routes(&mut kernel, &new, &names, &index)
     }
-    Ok(())
+
+    /// Finds the devices of all links. Returns all that there are.
+    fn find(
+        &mut self,
+        kernel: &mut Connection,
+        request: &SetNetworkRequest,
+    ) -> Result<HashMap<u32, Device>, Error> {
+        let mut devices = slots::devices(kernel)?;
+        let new: Vec<_> = request.links.iter().filter(|link| !self.devices.contains_key(&link.mac)).collect();
+        let find = |link: &Link, devices: &HashMap<u32, Device>| {
+            devices.values().find(|device| device.mac == link.mac).cloned()
+        };
+        if new.iter().any(|link| find(link, &devices).is_none()) {
+            slots::probe()?;
+            devices = slots::devices(kernel)?;
+        }
+        for link in new {
+            let device = find(link, &devices).ok_or_else(|| {
+                Error::Internal(format!("there is no network device with the MAC address of {}", link.name))
+            })?;
+            let slotted = Slotted { index: device.index, slot: device.slot() };
+            self.devices.insert(link.mac.clone(), slotted);
+        }
+        Ok(devices)
+    }
 }
 
 /// Names become parts of paths.
@@ -128,11 +177,7 @@ fn check_name(name: &str) -> Result<(), Error> {
 }
 
 /// Gives devices their names. Two may have to change theirs, so a name that is taken is freed first.
-fn rename(
-    kernel: &mut Connection,
-    wanted: &[(&Link, Device)],
-    devices: &HashMap<Vec<u8>, Device>,
-) -> Result<(), Error> {
+fn rename(kernel: &mut Connection, wanted: &[Wanted], devices: &HashMap<u32, Device>) -> Result<(), Error> {
     let mut set_name = |index: u32, name: &str| {
         let mut message = LinkMessage::default();
         message.header.index = index;
@@ -141,45 +186,72 @@ fn rename(
             .request(RouteNetlinkMessage::SetLink(message), 0)
             .map_err(|e| Error::os(format!("calling a network device {name}"), e))
     };
-    let changed: Vec<_> = wanted.iter().filter(|(link, device)| link.name != device.name).collect();
-    for (link, _) in &changed {
-        if let Some(holder) = devices.values().find(|device| device.name == link.name) {
+    let is_new = |one: &&Wanted| one.before.is_none_or(|before| before.name != one.link.name);
+    let changed: Vec<_> =
+        wanted.iter().filter(is_new).filter(|one| one.link.name != one.device.name).collect();
+    for one in &changed {
+        if let Some(holder) = devices.values().find(|device| device.name == one.link.name) {
             set_name(holder.index, &format!("virtio{}", holder.index))?;
         }
     }
-    for (link, device) in &changed {
-        set_name(device.index, &link.name)?;
+    for one in &changed {
+        set_name(one.device.index, &one.link.name)?;
     }
     Ok(())
 }
 
 /// Makes one link what it is to be, up last of its own settings and before its addresses.
-fn set_link(kernel: &mut Connection, link: &Link, index: u32) -> Result<(), Error> {
-    let name = &link.name;
-    for (setting, value) in &link.settings {
+fn set_link(kernel: &mut Connection, Wanted { link, before, device }: &Wanted) -> Result<(), Error> {
+    // What a workload calls it, unless that has just been changed.
+    let same_name = before.is_some_and(|before| before.name == link.name);
+    let (name, index) = (if same_name { &device.name } else { &link.name }, device.index);
+    let nothing = Link::default();
+    let known = before.unwrap_or(&nothing);
+    for (setting, value) in
+        link.settings.iter().filter(|(name, value)| known.settings.get(*name) != Some(value))
+    {
         write_setting(name, setting, &value.to_string())?;
     }
-    if has_link_local(link) {
+    if has_link_local(link) && !has_link_local(known) {
         // The kernel here is not to make one as well. It would be of another kind than an ipvlan's, which shares its
         // MAC address, and unusable at first: who else has it is asked for a second, which the host has done.
         write_setting(name, "ipv6/addr_gen_mode", GENERATE_NONE)?;
     }
-    let mut message = LinkMessage::default();
-    message.header.index = index;
-    message.header.change_mask = LinkFlags::Up | LinkFlags::Noarp;
-    message.header.flags.set(LinkFlags::Up, link.up);
-    message.header.flags.set(LinkFlags::Noarp, link.no_arp);
-    message.attributes = vec![LinkAttribute::Mtu(link.mtu), LinkAttribute::TxQueueLen(link.tx_queue_length)];
-    kernel
-        .request(RouteNetlinkMessage::SetLink(message), 0)
-        .map_err(|e| Error::os(format!("setting up the network device {name}"), e))?;
-    if link.up {
-        settle(kernel, name, index)?;
+    let state = |link: &Link| (link.up, link.no_arp, link.mtu, link.tx_queue_length);
+    if before.is_none_or(|before| state(before) != state(link)) {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.change_mask = LinkFlags::Up | LinkFlags::Noarp;
+        message.header.flags.set(LinkFlags::Up, link.up);
+        message.header.flags.set(LinkFlags::Noarp, link.no_arp);
+        message.attributes =
+            vec![LinkAttribute::Mtu(link.mtu), LinkAttribute::TxQueueLen(link.tx_queue_length)];
+        kernel
+            .request(RouteNetlinkMessage::SetLink(message), 0)
+            .map_err(|e| Error::os(format!("setting up the network device {name}"), e))?;
+        if link.up {
+            settle(kernel, name, index)?;
+        }
     }
+    for address in known.addresses.iter().filter(|address| !link.addresses.contains(address)) {
+        let message = address_message(name, index, address)?;
+        remove(kernel, "an address", RouteNetlinkMessage::DelAddress(message))?;
+    }
+    // All of them: one that is removed takes others with it, and so does a link that has been down.
     for address in &link.addresses {
         set_address(kernel, name, index, address)?;
     }
     Ok(())
+}
+
+/// Has the kernel remove something that may have gone by itself.
+fn remove(kernel: &mut Connection, what: &str, message: RouteNetlinkMessage) -> Result<(), Error> {
+    match kernel.request(message, 0) {
+        Err(e) if !e.raw_os_error().is_some_and(|code| GONE.contains(&code)) => {
+            Err(Error::os(format!("removing {what}"), e))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether the host has given the interface a link-local address. One without carrier has none yet.
@@ -220,7 +292,7 @@ fn write_setting(link: &str, setting: &str, value: &str) -> Result<(), Error> {
     }
 }
 
-fn set_address(kernel: &mut Connection, link: &str, index: u32, request: &Address) -> Result<(), Error> {
+fn address_message(link: &str, index: u32, request: &Address) -> Result<AddressMessage, Error> {
     let invalid = |e: address::InvalidAddress| Error::Invalid(format!("an address of {link}: {e}"));
     let local = address::from_bytes(&request.local).map_err(invalid)?;
     let peer = address::optional(&request.peer).map_err(invalid)?;
@@ -228,7 +300,7 @@ fn set_address(kernel: &mut Connection, link: &str, index: u32, request: &Addres
         .map_err(|_| Error::Invalid(format!("a prefix of {} bits", request.prefix_length)))?;
     let scope = u8::try_from(request.scope)
         .map_err(|_| Error::Invalid(format!("an address scope of {}", request.scope)))?;
-    let mut flags = AddressFlags::from_bits_retain(request.flags) & CHOSEN_FLAGS;
+    let mut flags = AddressFlags::from_bits_retain(request.flags) & address::CHOSEN_FLAGS;
     if local.is_ipv6() {
         flags |= AddressFlags::Nodad;
     }
@@ -249,16 +321,21 @@ fn set_address(kernel: &mut Connection, link: &str, index: u32, request: &Addres
     if !request.label.is_empty() {
         message.attributes.push(AddressAttribute::Label(request.label.clone()));
     }
-    kernel
-        .request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE)
-        .map_err(|e| Error::os(format!("giving {link} the address {local}/{prefix}"), e))
+    Ok(message)
 }
 
-fn set_neighbour(
-    kernel: &mut Connection,
+fn set_address(kernel: &mut Connection, link: &str, index: u32, request: &Address) -> Result<(), Error> {
+    let message = address_message(link, index, request)?;
+    kernel.request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(|e| {
+        let local = address::from_bytes(&request.local).map(|local| local.to_string()).unwrap_or_default();
+        Error::os(format!("giving {link} the address {local}/{}", request.prefix_length), e)
+    })
+}
+
+fn neighbour_message(
     neighbour: &Neighbour,
     index: &impl Fn(&str) -> Option<u32>,
-) -> Result<(), Error> {
+) -> Result<NeighbourMessage, Error> {
     let invalid = |e: address::InvalidAddress| Error::Invalid(format!("a neighbour: {e}"));
     let address = address::from_bytes(&neighbour.address).map_err(invalid)?;
     let mut message = NeighbourMessage::default();
@@ -269,39 +346,65 @@ fn set_neighbour(
         NeighbourAttribute::Destination(address.into()),
         NeighbourAttribute::LinkLayerAddress(neighbour.mac.clone()),
     ];
-    kernel
-        .request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
-        .map_err(|e| Error::os(format!("setting the neighbour {address}"), e))
+    Ok(message)
+}
+
+fn set_neighbour(
+    kernel: &mut Connection,
+    neighbour: &Neighbour,
+    index: &impl Fn(&str) -> Option<u32>,
+) -> Result<(), Error> {
+    let message = neighbour_message(neighbour, index)?;
+    kernel.request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(|e| {
+        let address = address::from_bytes(&neighbour.address).map(|a| a.to_string()).unwrap_or_default();
+        Error::os(format!("setting the neighbour {address}"), e)
+    })
 }
 
 fn no_link(name: &str) -> Error {
     Error::Invalid(format!("there is no link {name:?} in the request"))
 }
 
-/// Makes the routes, and takes away those that this kernel made for addresses and the host's has not, or not like this:
-/// a plug-in may have replaced them by others.
+/// Removes a route. One over a link that is gone has gone with it.
+fn remove_route(
+    kernel: &mut Connection,
+    route: &Route,
+    index: &impl Fn(&str) -> Option<u32>,
+) -> Result<(), Error> {
+    match routes::to_kernel(route, index) {
+        Ok(message) => remove(kernel, "a route", RouteNetlinkMessage::DelRoute(message)),
+        Err(routes::Error::Interface) => Ok(()),
+        Err(e) => Err(Error::Invalid(format!("a route: {e}"))),
+    }
+}
+
+/// Makes the routes, and takes away those that this kernel made for addresses of the named links and the host's has
+/// not, or not like this: a plug-in may have replaced them by others.
 fn set_routes(
     kernel: &mut Connection,
-    wanted: &[Route],
+    wanted: &[&Route],
     names: &HashMap<u32, String>,
     index: &impl Fn(&str) -> Option<u32>,
 ) -> Result<(), Error> {
     let mut there = Vec::new();
     for (message, route) in routes_of_kernel(kernel, names)? {
-        if wanted.contains(&route) {
+        if wanted.contains(&&route) {
             there.push(route);
         } else {
-            kernel
-                .request(RouteNetlinkMessage::DelRoute(message), 0)
-                .map_err(|e| Error::os("removing a route", e))?;
+            remove(kernel, "a route", RouteNetlinkMessage::DelRoute(message))?;
         }
     }
-    let missing = wanted.iter().filter(|route| !there.contains(route));
+    let missing = wanted.iter().filter(|route| !there.contains(**route));
     // A gateway must be reachable by the time it is named.
     let (direct, indirect): (Vec<_>, Vec<_>) =
         missing.partition(|route| route.next_hops.iter().all(|hop| hop.gateway.is_empty()));
     for route in direct.into_iter().chain(indirect) {
-        let message = routes::to_kernel(route, index).map_err(|e| Error::Invalid(format!("a route: {e}")))?;
+        let message = match routes::to_kernel(route, index) {
+            Ok(message) => message,
+            // Its link is in a namespace that the workload made.
+            Err(routes::Error::Interface) => continue,
+            Err(e) => return Err(Error::Invalid(format!("a route: {e}"))),
+        };
         // In IPv6 a route would replace one over another link: each has its own to the same link-local prefix.
         let replace = if message.header.address_family == AddressFamily::Inet6 { 0 } else { NLM_F_REPLACE };
         match kernel.request(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | replace) {
@@ -320,6 +423,9 @@ fn routes_of_kernel(
 ) -> Result<Vec<(RouteMessage, Route)>, Error> {
     let failed = |e: io::Error| Error::os("listing the routes", e);
     let mut found = Vec::new();
+    if names.is_empty() {
+        return Ok(found);
+    }
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut message = RouteMessage::default();
         message.header.address_family = family;

@@ -24,9 +24,10 @@ use crate::boot::Options;
 use crate::container::Containers;
 use crate::enter::Entered;
 use crate::error::Error;
+use crate::network::Network;
 use crate::supervise::Process;
 use crate::vsock::Listener;
-use crate::{boot, console, forward, network, pod, processes, resolver, sandbox, volumes};
+use crate::{boot, console, forward, pod, processes, resolver, sandbox, volumes};
 
 /// Highest signal number, SIGRTMAX.
 const SIGNAL_MAX: u32 = 64;
@@ -39,6 +40,7 @@ pub struct Service {
     entered: Arc<Entered>,
     greeted: AtomicBool,
     set_up: AtomicBool,
+    network: Network,
     /// Whether callers inside the guest are served.
     loopback: bool,
     started_ns: u64,
@@ -53,6 +55,7 @@ impl Service {
             containers,
             greeted: AtomicBool::new(false),
             set_up: AtomicBool::new(false),
+            network: Network::default(),
             loopback: options.loopback,
             started_ns,
             listening_ns,
@@ -133,8 +136,8 @@ impl Agent for Service {
     }
 
     async fn set_network(&self, _: &TtrpcContext, request: SetNetworkRequest) -> ttrpc::Result<Empty> {
-        self.containers()?;
-        network::set(&request)?;
+        let reaper = self.containers()?.reaper();
+        self.network.set(reaper, request).await?;
         Ok(Empty::default())
     }
 

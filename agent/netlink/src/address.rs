@@ -3,6 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::AddressFlags;
+
+/// What of an address's flags its maker chose; the rest is the kernel's report. DAD is over: the address is in use.
+pub const CHOSEN_FLAGS: AddressFlags = AddressFlags::Nodad
+    .union(AddressFlags::Homeaddress)
+    .union(AddressFlags::Managetempaddr)
+    .union(AddressFlags::Noprefixroute)
+    .union(AddressFlags::Mcautojoin);
 
 /// Bytes that are no address.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
