@@ -12,6 +12,7 @@ pub const CASES: &[Case] = &[
     case!(run_reports_output_exit_code_and_why_it_cannot).exclusive(),
     case!(a_container_of_the_default_bridge_serves_is_watched_and_stopped).exclusive(),
     case!(containers_of_a_network_find_each_other_by_name).exclusive(),
+    case!(networks_are_connected_and_disconnected_while_a_container_runs).exclusive(),
     case!(containers_are_restarted_as_their_policy_says).exclusive(),
     case!(top_names_processes_of_the_sandbox_only).stockade_only(VM).exclusive(),
     case!(what_a_vm_cannot_honour_is_refused_by_name).stockade_only(VM).exclusive(),
@@ -134,6 +135,27 @@ fn containers_of_a_network_find_each_other_by_name() {
     docker.docker(&["kill", "web"]).code(0);
     docker.docker(&["rm", "--force", "web"]).code(0);
     docker.docker(&["network", "rm", "own"]).code(0);
+}
+
+fn networks_are_connected_and_disconnected_while_a_container_runs() {
+    let docker = Docker::start();
+    docker.docker(&["network", "create", "two"]).code(0);
+    let serve = "mkdir /www; echo served > /www/index.html; httpd -p 80 -h /www; echo up; exec sleep 100000";
+    docker.detached("web", &[], serve);
+    docker.wait_for_line("web", "up");
+    let inside = |script: &str| docker.docker(&["exec", "web", "sh", "-c", script]).code(0);
+    for _ in 0..2 {
+        docker.docker(&["network", "connect", "two", "web"]).code(0);
+        let address = docker.inspect("web", "/NetworkSettings/Networks/two/IPAddress");
+        let address = address.as_str().unwrap();
+        inside(&format!("until ip addr | grep -q 'inet {address}/'; do sleep 0.1; done"));
+        let fetch = format!("curl -sS --max-time 10 --retry 20 --retry-all-errors http://{address}/");
+        assert_eq!(tool(&fetch), "served\n");
+        docker.docker(&["network", "disconnect", "two", "web"]).code(0);
+        inside("while [ -e /sys/class/net/eth1 ]; do sleep 0.1; done; test -e /sys/class/net/eth0");
+    }
+    docker.docker(&["rm", "--force", "web"]).code(0);
+    docker.docker(&["network", "rm", "two"]).code(0);
 }
 
 fn containers_are_restarted_as_their_policy_says() {

@@ -87,6 +87,7 @@ fn main() -> ExitCode {
         limits::CASES,
         mounts::CASES,
         network::CASES,
+        network::changes::CASES,
         network::traffic::CASES,
         operations::CASES,
         podman::CASES,

@@ -1,6 +1,7 @@
 //! Networks: a container has what its network namespace holds, whoever made it, and everything outside goes on
 //! treating it so.
 
+pub mod changes;
 pub mod traffic;
 
 use std::fs;
@@ -53,9 +54,11 @@ fn json_of(text: &str) -> Value {
 
 /// What `ip -j addr` says of interfaces, without what has to differ: indices, the kind and length of the queue, who is
 /// at the other end, how the kind of device words that it is up (the flags say it for all), and whether the kernel is still
-/// asking who else has an address, which the guest need not do again.
+/// asking who else has an address, which the guest need not do again. Nor do the runtime's own taps count.
 fn addresses(text: &str) -> Value {
     let mut links = json_of(text);
+    let is_ours = |link: &Value| link["ifname"].as_str().is_some_and(|name| name.starts_with("stockade"));
+    links.as_array_mut().expect("a list").retain(|link| !is_ours(link));
     for link in links.as_array_mut().expect("a list") {
         for word in ["ifindex", "link", "link_index", "link_netnsid", "qdisc", "txqlen", "operstate", "group"]
         {

@@ -22,6 +22,7 @@ pub const CASES: &[Case] = &[
     case!(files_are_copied_in_and_out_and_committed).exclusive(),
     case!(who_enters_the_mount_namespace_finds_the_containers_files_only).exclusive(),
     case!(a_port_of_the_default_network_leads_to_the_container).exclusive(),
+    case!(networks_are_connected_disconnected_and_reloaded_while_a_container_runs).exclusive(),
     case!(containers_of_a_pod_without_infra_live_and_end_together).exclusive(),
     case!(containers_of_a_pod_share_its_network_memory_and_name).exclusive(),
     case!(a_container_joins_the_namespaces_of_another).exclusive(),
@@ -237,6 +238,45 @@ fn a_port_of_the_default_network_leads_to_the_container() {
     let fetch = format!("wget -q -O - http://{address}/; ip -o -4 addr show dev eth0 | wc -l");
     let other = podman.podman(&["run", "--rm", PODMAN_IMAGE, "sh", "-c", &fetch]);
     assert_eq!(other.code(0).text(), "served\n1\n");
+    podman.remove("web");
+}
+
+fn networks_are_connected_disconnected_and_reloaded_while_a_container_runs() {
+    let podman = Podman::new();
+    for network in ["one", "two"] {
+        podman.podman(&["network", "create", "--disable-dns", network]).code(0);
+    }
+    let serve = "mkdir /www; echo served > /www/index.html; httpd -p 80 -h /www; echo up; exec sleep 100000";
+    podman.detached("web", &["--network", "one", "--publish", "127.0.0.1:18082:80"], serve);
+    podman.wait_for_line("web", "up");
+    let address = |network: &str| {
+        let place = format!("/NetworkSettings/Networks/{network}/IPAddress");
+        podman.inspect("web", &place).as_str().expect("an address").to_owned()
+    };
+    let served = |url: &str| {
+        let fetch = format!("curl -sS --max-time 10 --retry 20 --retry-all-errors {url}");
+        assert_eq!(tool(&fetch), "served\n", "{url}");
+    };
+    let wait_for = |address: &str| {
+        podman.exec("web", &format!("until ip addr | grep -q 'inet {address}/'; do sleep 0.1; done")).code(0);
+    };
+    podman.podman(&["network", "connect", "two", "web"]).code(0);
+    let two = address("two");
+    wait_for(&two);
+    served(&format!("http://{two}/"));
+    podman.podman(&["network", "reload", "web"]).code(0);
+    for (network, url) in [("one", "http://127.0.0.1:18082/"), ("two", &format!("http://{two}/"))] {
+        wait_for(&address(network));
+        served(url);
+    }
+    podman.podman(&["network", "disconnect", "one", "web"]).code(0);
+    podman
+        .exec("web", "while [ -e /sys/class/net/eth0 ]; do sleep 0.1; done; test -e /sys/class/net/eth1")
+        .code(0);
+    served(&format!("http://{two}/"));
+    podman.podman(&["network", "connect", "one", "web"]).code(0);
+    wait_for(&address("one"));
+    served("http://127.0.0.1:18082/");
     podman.remove("web");
 }
 

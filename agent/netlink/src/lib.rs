@@ -131,11 +131,12 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = io::Result<NetlinkMessage<
 pub struct Monitor(Socket);
 
 impl Monitor {
-    /// Hears of the interfaces of the calling thread's network namespace from now on.
-    pub fn of_links() -> io::Result<Self> {
+    /// Hears of the interfaces of the calling thread's network namespace, their addresses, routes and neighbours
+    /// from now on.
+    pub fn new() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.set_non_blocking(true)?;
-        socket.bind(&SocketAddr::new(0, RTMGRP_LINK))?;
+        socket.bind(&SocketAddr::new(0, GROUPS))?;
         Ok(Monitor(socket))
     }
 
@@ -161,8 +162,8 @@ impl std::os::fd::AsFd for Monitor {
     }
 }
 
-/// `include/uapi/linux/rtnetlink.h`
-const RTMGRP_LINK: u32 = 1;
+/// `RTMGRP_{LINK,NEIGH,IPV4_IFADDR,IPV4_ROUTE,IPV6_IFADDR,IPV6_ROUTE}` (`include/uapi/linux/rtnetlink.h`)
+const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
 
 #[cfg(test)]
 mod tests {

@@ -6,9 +6,14 @@
 //! arrives at the one leaves by the other ([`wire`]). Addresses and routes stay where they are, so that plug-ins and
 //! people see what they made; the guest gets the same ([`scan`]).
 //!
+//! It goes on to do so when somebody adds an interface later, or changes or removes one ([`monitor`]): what is there is
+//! then compared with what is wired, and of the difference [`News`] are made. Where a new interface has the MAC address
+//! of one that has gone, it takes its place at the tap, and the guest notices nothing.
+//!
 //! What was wired is taken back by whoever ends the sandbox. Taps end with the processes that hold them; what else
 //! there is was written into the state before it was made, so that [`clean_up`] finds it when those were killed.
 
+mod changes;
 pub mod loopback;
 mod monitor;
 mod namespace;
@@ -30,6 +35,9 @@ use stockade_netlink::Connection;
 use stockade_vmm::control::Interface;
 
 use crate::bundle::hooks;
+use changes::Changes;
+pub use changes::{News, Removal};
+pub use monitor::Change;
 use monitor::Monitor;
 use namespace::Namespace;
 pub use traffic::Traffic;
@@ -108,15 +116,19 @@ pub struct Network {
     /// `None` for a sandbox with a loopback interface only.
     inside: Option<Inside>,
     /// Interfaces in their slots.
-    slots: RefCell<Vec<Slot>>,
-    /// What the guest has been told.
-    told: RefCell<SetNetworkRequest>,
+    slots: RefCell<Slots>,
+    /// What the guest has been told; `None` where it may have understood something else.
+    told: RefCell<Option<SetNetworkRequest>>,
+    /// What it cannot be told, as has been logged.
+    complaints: RefCell<Vec<String>>,
 }
 
 struct Inside {
     namespace: Namespace,
     monitor: Monitor,
 }
+
+type Slots = [Option<Slot>; SLOTS];
 
 struct Slot {
     wired: Wired,
@@ -126,12 +138,13 @@ struct Slot {
     tap: Cell<Option<u32>>,
 }
 
-/// What is new in the network.
-pub struct News {
-    /// Slots to attach a tap to, each.
-    pub taps: Vec<(u8, OwnedFd)>,
-    /// What to tell the agent then, if anything.
-    pub request: Option<SetNetworkRequest>,
+/// What of a namespace that cannot be the same in a guest is an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Demand {
+    /// All of it, and nothing is done.
+    Strict,
+    /// None: it is left out, and logged.
+    Lenient,
 }
 
 impl Network {
@@ -164,7 +177,12 @@ impl Network {
                 Some(Inside { namespace, monitor })
             }
         };
-        Ok(Network { inside, slots: RefCell::default(), told: RefCell::default() })
+        Ok(Network {
+            inside,
+            slots: RefCell::default(),
+            told: RefCell::new(Some(SetNetworkRequest::default())),
+            complaints: RefCell::default(),
+        })
     }
 
     /// Whether the VM needs network slots.
@@ -177,60 +195,83 @@ impl Network {
         self.inside.as_ref().map(|inside| inside.namespace.outside()).transpose()
     }
 
-    /// Wires what there is in the namespace and is not wired yet. `save` is given what there will be to take back
-    /// before any of it is made.
-    pub fn wire<E: From<Error>>(&self, save: impl FnOnce(Record) -> Result<(), E>) -> Result<News, E> {
-        let Some(Inside { namespace, .. }) = &self.inside else {
-            return Ok(News { taps: Vec::new(), request: None });
-        };
+    /// Wires what there is in the namespace and is not wired yet, and takes back what is not there any more. `save` is
+    /// given what there will be to take back before any of it is made.
+    pub fn wire<E: From<Error>>(
+        &self,
+        demand: Demand,
+        save: impl FnOnce(Record) -> Result<(), E>,
+    ) -> Result<News, E> {
+        let Some(Inside { namespace, monitor }) = &self.inside else { return Ok(News::default()) };
         let mut kernel = Connection::open().map_err(kernel("open a netlink socket"))?;
-        let known: Vec<Wired> = self.slots.borrow().iter().map(|slot| slot.wired.clone()).collect();
-        let taps: Vec<u32> = self.slots.borrow().iter().filter_map(|slot| slot.tap.get()).collect();
-        let found = scan::scan(&mut kernel, &known, &taps)?;
-        let is_new = |found: &&scan::Interface| !known.iter().any(|wired| wired.index == found.index);
-        let new: Vec<_> = found.interfaces.iter().filter(is_new).collect();
-        if !new.is_empty() {
-            let all = known.iter().cloned().chain(new.iter().map(|interface| interface.wired()));
-            save(namespace.record(all.collect()))?;
+        monitor.catch_up(&self.slots)?;
+        let known: Vec<Wired> = self.wired();
+        let taps: Vec<u32> = self.slots.borrow().iter().flatten().filter_map(|slot| slot.tap.get()).collect();
+        let mut found = scan::scan(&mut kernel, &known, &taps)?;
+        self.complain(demand, std::mem::take(&mut found.refused))?;
+
+        let changes = Changes::of(&self.slots.borrow(), &found);
+        if changes.any() {
+            save(namespace.record(found.interfaces.iter().map(scan::Interface::wired).collect()))?;
         }
-        let mut taps = Vec::new();
-        for interface in new {
-            let mut slots = self.slots.borrow_mut();
-            let number = slots.len() as u8;
-            let (device, carrier) = (interface.device(), Cell::new(interface.device().up));
-            // There before it is wired, so that what was begun is taken back.
-            slots.push(Slot { wired: interface.wired(), device, carrier, tap: Cell::default() });
-            let (tap, index) = wire::wire(&mut kernel, interface)?;
-            if let Some(slot) = slots.last() {
-                slot.tap.set(Some(index));
-            }
-            taps.push((number, tap));
+        // What fails from here on may have been done in part.
+        let told = self.told.take();
+        let mut news = changes.make(&mut self.slots.borrow_mut(), &found, &mut kernel)?;
+        let all = found.request;
+        let known = news.removal.as_ref().map(|removal| &removal.request).or(told.as_ref());
+        news.request = (known != Some(&all)).then(|| all.clone());
+        self.told.replace(Some(all));
+        Ok(news)
+    }
+
+    /// The guest may not have understood the last news: it is told everything next time.
+    pub fn doubt(&self) {
+        self.told.take();
+    }
+
+    fn wired(&self) -> Vec<Wired> {
+        self.slots.borrow().iter().flatten().map(|slot| slot.wired.clone()).collect()
+    }
+
+    /// Fails with the first, or logs those that are new.
+    fn complain(&self, demand: Demand, refused: Vec<Error>) -> Result<(), Error> {
+        if demand == Demand::Strict {
+            return refused.into_iter().next().map_or(Ok(()), Err);
         }
-        let news = *self.told.borrow() != found.request;
-        let request = news.then(|| found.request.clone());
-        self.told.replace(found.request);
-        Ok(News { taps, request })
+        let lines: Vec<_> = refused.iter().map(Error::to_string).collect();
+        let before = self.complaints.replace(lines.clone());
+        for line in lines.iter().filter(|line| !before.contains(line)) {
+            tracing::warn!("a change of the network namespace does not reach the VM: {line}");
+        }
+        Ok(())
     }
 
     /// What the guest sees in a slot, as it is now.
     pub fn device(&self, slot: u8) -> Option<Interface> {
         let slots = self.slots.borrow();
-        slots.get(usize::from(slot)).map(|slot| Interface { up: slot.carrier.get(), ..slot.device })
+        let slot = slots.get(usize::from(slot))?.as_ref()?;
+        Some(Interface { up: slot.carrier.get(), ..slot.device })
     }
 
     /// What has gone over the interfaces that are wired.
     pub fn traffic(&self) -> Result<Vec<Traffic>, Error> {
-        let slots = self.slots.borrow();
-        if slots.is_empty() {
+        let wired = self.wired();
+        if wired.is_empty() {
             return Ok(Vec::new());
         }
         let mut kernel = Connection::open().map_err(kernel("open a netlink socket"))?;
-        let counted = traffic::read(&mut kernel, slots.iter().map(|slot| &slot.wired));
-        counted.map_err(self::kernel("count the traffic"))
+        traffic::read(&mut kernel, wired.iter()).map_err(self::kernel("count the traffic"))
     }
 
-    /// Waits until an interface loses or gets its carrier; says in which slot, and whether it has one now.
-    pub async fn carrier_change(&self) -> Result<(u8, bool), Error> {
+    /// From now on [`Self::change`] tells of everything, not only of carriers.
+    pub fn follow(&self) {
+        if let Some(inside) = &self.inside {
+            inside.monitor.tell_all();
+        }
+    }
+
+    /// Waits for a change in the namespace.
+    pub async fn change(&self) -> Result<Change, Error> {
         match &self.inside {
             Some(inside) => inside.monitor.next(&self.slots).await,
             None => std::future::pending().await,
@@ -239,12 +280,13 @@ impl Network {
 
     /// Takes back what was wired. If that fails, it is left to [`clean_up`].
     pub fn unwire(&self) -> Result<(), Error> {
-        let slots = self.slots.take();
-        if slots.is_empty() {
+        let wired = self.wired();
+        self.slots.take();
+        if wired.is_empty() {
             return Ok(());
         }
         let mut kernel = Connection::open().map_err(kernel("open a netlink socket"))?;
-        slots.iter().try_for_each(|slot| wire::unwire(&mut kernel, &slot.wired))
+        wired.iter().try_for_each(|wired| wire::unwire(&mut kernel, wired))
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a network namespace holds, and what of it the guest is told.
 //!
-//! Whatever is found and cannot be made the same in the guest is an error that names it. Left alone are the loopback
+//! Whatever is found and cannot be made the same in the guest is left out, with an error that names it. Left alone are the loopback
 //! interface, of which the guest has its own, ports of a bridge or bond, whose traffic goes through that, and the
 //! tunnels that kernel modules put into every namespace, as long as nobody uses them.
 
@@ -34,6 +34,10 @@ pub struct Found {
     pub interfaces: Vec<Interface>,
     /// What to tell the agent of it.
     pub request: SetNetworkRequest,
+    /// The taps that are there.
+    pub taps: Vec<u32>,
+    /// Why the guest's network cannot be the same.
+    pub refused: Vec<Error>,
 }
 
 /// An interface that can be wired.
@@ -45,8 +49,12 @@ pub struct Interface {
     pub name: String,
     /// Bytes.
     pub mtu: u32,
-    mac: [u8; 6],
-    carrier: bool,
+    /// Something is at its ingress.
+    pub occupied: bool,
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// Whether it carries frames.
+    pub carrier: bool,
 }
 
 impl Interface {
@@ -64,35 +72,71 @@ impl Interface {
 /// Looks at the namespace of this thread. `known` are wired already, to `taps`.
 pub fn scan(kernel_: &mut Connection, known: &[Wired], taps: &[u32]) -> Result<Found, Error> {
     let mut links = links(kernel_)?;
+    let is_there = |tap: &u32| links.iter().any(|link| link.index == *tap);
+    let taps: Vec<u32> = taps.iter().copied().filter(is_there).collect();
     links.retain(|link| !taps.contains(&link.index));
     let addresses = addresses(kernel_)?;
     let occupied = occupied(kernel_)?;
-    let is_known = |link: &Seen| known.iter().any(|wired| wired.index == link.index);
-    let mut chosen = Vec::new();
-    for link in &links {
-        let addressed = addresses.iter().any(|(index, _)| *index == link.index);
-        if is_known(link) || link.is_wanted(&links, addressed, &occupied)? {
-            chosen.push(link);
+    let mut refused = Vec::new();
+    let chosen = choose(&links, known, &addresses, &occupied, &mut refused);
+    let mut interfaces: Vec<Interface> = Vec::new();
+    let mut messages = Vec::new();
+    for link in chosen {
+        match link.interface(&interfaces, &occupied) {
+            Ok(interface) => {
+                let own = addresses.iter().filter(|(index, _)| *index == link.index);
+                messages.push(link.message(&interface, own.map(|(_, address)| address.clone()).collect()));
+                interfaces.push(interface);
+            }
+            Err(e) => refused.push(e),
         }
     }
-    if chosen.len() > SLOTS {
-        return Err(Error::TooMany { found: chosen.iter().map(|link| link.name.clone()).collect() });
-    }
-    let interfaces = chosen.iter().map(|link| link.interface()).collect::<Result<Vec<_>, Error>>()?;
-    let messages = chosen.iter().zip(&interfaces).map(|(link, interface)| {
-        let own = addresses.iter().filter(|(index, _)| *index == link.index);
-        link.message(interface, own.map(|(_, address)| address.clone()).collect())
-    });
     let request = SetNetworkRequest {
-        links: messages.collect(),
-        routes: route_list(kernel_, &links, &interfaces)?,
+        links: messages,
+        routes: route_list(kernel_, &links, &interfaces, &mut refused)?,
         neighbours: neighbours(kernel_, &interfaces)?,
         ..Default::default()
     };
-    if !interfaces.is_empty() {
-        check_rules(kernel_)?;
+    if !interfaces.is_empty() && has_rules(kernel_)? {
+        refused.push(Error::Rules);
     }
-    Ok(Found { interfaces, request })
+    Ok(Found { interfaces, request, taps, refused })
+}
+
+/// What of it is to be wired: what is wired already, and what else there is room for.
+fn choose<'a>(
+    links: &'a [Seen],
+    known: &[Wired],
+    addresses: &[(u32, Address)],
+    occupied: &[u32],
+    refused: &mut Vec<Error>,
+) -> Vec<&'a Seen> {
+    let is_known = |link: &Seen| known.iter().any(|wired| wired.index == link.index);
+    let mut chosen = Vec::new();
+    for link in links {
+        let addressed = addresses.iter().any(|(index, _)| *index == link.index);
+        if is_known(link) {
+            chosen.push(link);
+            continue;
+        }
+        match link.is_wanted(links, addressed, occupied) {
+            Ok(true) => chosen.push(link),
+            Ok(false) => {}
+            Err(e) => refused.push(e),
+        }
+    }
+    if chosen.len() > SLOTS {
+        refused.push(Error::TooMany { found: chosen.iter().map(|link| link.name.clone()).collect() });
+        let mut room = SLOTS.saturating_sub(chosen.iter().filter(|link| is_known(link)).count());
+        chosen.retain(|link| {
+            let taken = is_known(link) || room > 0;
+            if taken && !is_known(link) {
+                room -= 1;
+            }
+            taken
+        });
+    }
+    chosen
 }
 
 /// An interface as the kernel tells of it.
@@ -189,10 +233,17 @@ impl Seen {
         Ok(true)
     }
 
-    fn interface(&self) -> Result<Interface, Error> {
+    fn interface(&self, others: &[Interface], occupied: &[u32]) -> Result<Interface, Error> {
         let mac: Option<[u8; 6]> = self.mac.as_slice().try_into().ok();
         let mac = mac.filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6]);
         let mac = mac.ok_or_else(|| self.refused("it has no Ethernet address"))?;
+        if let Some(other) = others.iter().find(|other| other.mac == mac) {
+            let reason = format!(
+                "{} has the same Ethernet address, and the guest could not tell them apart",
+                other.name
+            );
+            return Err(self.refused(reason));
+        }
         if !(68..=65_535).contains(&self.mtu) {
             return Err(self.refused(format!("an MTU of {} is out of range (68 to 65535)", self.mtu)));
         }
@@ -200,6 +251,7 @@ impl Seen {
             index: self.index,
             name: self.name.clone(),
             mtu: self.mtu,
+            occupied: occupied.contains(&self.index),
             mac,
             carrier: monitor::carries(self.flags),
         })
@@ -354,7 +406,7 @@ fn address_of(message: &AddressMessage) -> Option<Address> {
     }
     address.local = address::to_bytes(own);
     address.peer = other.filter(|other| *other != own).map(address::to_bytes).unwrap_or_default();
-    address.flags = flags.bits();
+    address.flags = (flags & address::CHOSEN_FLAGS).bits();
     Some(address)
 }
 
@@ -362,6 +414,7 @@ fn route_list(
     kernel_: &mut Connection,
     links: &[Seen],
     interfaces: &[Interface],
+    refused: &mut Vec<Error>,
 ) -> Result<Vec<stockade_agent_protocol::messages::Route>, Error> {
     let mut list = Vec::new();
     // The guest's own loopback has what it needs.
@@ -387,14 +440,17 @@ fn route_list(
                 None if elsewhere(index) => Some(String::new()),
                 None => None,
             };
-            list.extend(routes::from_kernel(&message, name)?);
+            match routes::from_kernel(&message, name) {
+                Ok(route) => list.extend(route),
+                Err(e) => refused.push(e.into()),
+            }
         }
     }
     Ok(list)
 }
 
 /// The one interface that a route leads over.
-fn over(message: &RouteMessage) -> Option<u32> {
+pub fn over(message: &RouteMessage) -> Option<u32> {
     message.attributes.iter().find_map(|attribute| match attribute {
         stockade_netlink::route::route::RouteAttribute::Oif(index) => Some(*index),
         _ => None,
@@ -425,7 +481,7 @@ fn neighbours(kernel_: &mut Connection, interfaces: &[Interface]) -> Result<Vec<
     Ok(list.into_iter().filter_map(neighbour).collect())
 }
 
-fn check_rules(kernel_: &mut Connection) -> Result<(), Error> {
+fn has_rules(kernel_: &mut Connection) -> Result<bool, Error> {
     let list = kernel_.dump(RouteNetlinkMessage::GetRule(RuleMessage::default()));
     let list = list.map_err(kernel("list the routing rules of the network namespace"))?;
     let is_special = |object: &RouteNetlinkMessage| match object {
@@ -439,5 +495,5 @@ fn check_rules(kernel_: &mut Connection) -> Result<(), Error> {
         }
         _ => false,
     };
-    if list.iter().any(is_special) { Err(Error::Rules) } else { Ok(()) }
+    Ok(list.iter().any(is_special))
 }

@@ -31,7 +31,35 @@ const ALL_PROTOCOLS: u16 = 0x0003;
 pub fn wire(kernel_: &mut Connection, interface: &Interface) -> Result<(OwnedFd, u32), Error> {
     let (tap, index) = tap::make().map_err(Error::Tap)?;
     set_up(kernel_, index, interface.mtu).map_err(kernel(format!("set up the tap of {}", interface.name)))?;
-    for (from, to) in [(index, interface.index), (interface.index, index)] {
+    tie(kernel_, interface, index)?;
+    Ok((tap, index))
+}
+
+/// Ties a tap to another interface in the place of the one that it was tied to.
+pub fn retie(kernel_: &mut Connection, interface: &Interface, tap: u32) -> Result<(), Error> {
+    let name = || format!("the tap of {}", interface.name);
+    unwire(kernel_, &Wired { index: tap, name: name() })?;
+    let mut message = LinkMessage::default();
+    message.header.index = tap;
+    message.attributes = vec![LinkAttribute::Mtu(interface.mtu)];
+    kernel_
+        .request(RouteNetlinkMessage::SetLink(message), 0)
+        .map_err(kernel(format!("set the MTU of {}", name())))?;
+    tie(kernel_, interface, tap)
+}
+
+/// Ends a tap, whoever still has a descriptor of it.
+pub fn remove(kernel_: &mut Connection, tap: u32) -> Result<(), Error> {
+    let mut message = LinkMessage::default();
+    message.header.index = tap;
+    match kernel_.request(RouteNetlinkMessage::DelLink(message), 0) {
+        Err(e) if e.raw_os_error() != Some(libc::ENODEV) => Err(kernel("remove a tap")(e)),
+        _ => Ok(()),
+    }
+}
+
+fn tie(kernel_: &mut Connection, interface: &Interface, tap: u32) -> Result<(), Error> {
+    for (from, to) in [(tap, interface.index), (interface.index, tap)] {
         redirect(kernel_, from, to).map_err(|e| match e.raw_os_error() {
             Some(libc::ENOENT | libc::EOPNOTSUPP) => Error::Kernel {
                 what: format!(
@@ -43,7 +71,7 @@ pub fn wire(kernel_: &mut Connection, interface: &Interface) -> Result<(OwnedFd,
             _ => kernel(format!("tie {} to its tap", interface.name))(e),
         })?;
     }
-    Ok((tap, index))
+    Ok(())
 }
 
 /// Takes the redirection from the interface. One that is gone, or was never tied, is fine.

@@ -58,6 +58,9 @@ pub enum Error {
     /// it could have answered long ago
     #[error("the agent in the guest has not answered a SIGKILL within {} s", KILL_TIMEOUT.as_secs())]
     Silent,
+    /// it takes too long
+    #[error("the agent in the guest does not answer")]
+    Slow,
     /// no connection could be made
     #[error("cannot talk to the agent: {0}")]
     Connect(#[source] io::Error),

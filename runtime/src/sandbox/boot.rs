@@ -7,6 +7,7 @@ use std::rc::Rc;
 use oci_spec::runtime::Spec;
 use stockade_agent_protocol::RPC_PORT;
 use stockade_vmm::control::Boot;
+use tokio::sync::Mutex;
 
 use super::agent::Agent;
 use super::cgroup::Membership;
@@ -105,6 +106,7 @@ impl Spawned {
             share,
             network,
             has_resolver: Cell::new(false),
+            rewiring: Mutex::default(),
             outside: outside.into(),
             first_run_ns: Cell::new(0),
             oom_score: OomScore::default(),

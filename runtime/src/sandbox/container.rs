@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use oci_spec::runtime::{Hook, LinuxResources};
-use stockade_agent_protocol::messages::SetNetworkRequest;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -18,6 +17,7 @@ use super::volumes::Volumes;
 use super::{Error, Sandbox, agent, cgroup, enter, run_hooks_in};
 use crate::bundle::guest::{self, Bind};
 use crate::network::resolver::ResolvConf;
+use crate::network::{self, Demand};
 use crate::state::{State, StateDir, Status};
 
 /// How long execs of a container that has ended may take to be told so.
@@ -122,15 +122,11 @@ impl Container {
         Ok(self.dir.save(&self.state.borrow())?)
     }
 
-    /// Wires what is in the network namespace now. What has to be taken back is in the state before it is made.
-    pub async fn wire_network(&self) -> Result<Option<SetNetworkRequest>, Error> {
+    /// Writes down what of the network has to be taken back.
+    pub fn save_network(&self, record: network::Record) -> Result<(), Error> {
         let keeper = self.first.as_deref().unwrap_or(self);
-        self.sandbox
-            .wire_network(|record| {
-                keeper.state.borrow_mut().network = Some(record);
-                Ok(keeper.dir.save(&keeper.state.borrow())?)
-            })
-            .await
+        keeper.state.borrow_mut().network = Some(record);
+        Ok(keeper.dir.save(&keeper.state.borrow())?)
     }
 
     /// Runs hooks of the container where its command came from.
@@ -255,8 +251,8 @@ impl Container {
             }
         }
         // Interfaces that came since `create` are as good as those that were there.
-        let network = self.wire_network().await.map_err(|e| e.to_string())?;
-        self.sandbox.set_network(network).await.map_err(|e| e.to_string())?;
+        let rewired = self.sandbox.rewire_network(Demand::Strict, |record| self.save_network(record)).await;
+        rewired.map_err(|e| e.to_string())?;
         self.start().await.map_err(|e| e.to_string())
     }
 

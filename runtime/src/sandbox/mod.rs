@@ -21,6 +21,7 @@ mod further;
 pub mod join;
 pub mod launch;
 mod meter;
+mod network;
 mod oom_score;
 pub mod pidfd;
 pub mod poll;
@@ -47,9 +48,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use oci_spec::runtime::{Hook, Spec};
-use stockade_agent_protocol::messages::{SetNetworkRequest, SetPodRequest};
-use stockade_agent_protocol::{FORWARD_PORT, RESOLVER_PORT, STDIO_PORT};
+use stockade_agent_protocol::messages::SetPodRequest;
+use stockade_agent_protocol::{FORWARD_PORT, STDIO_PORT};
 use stockade_vmm::control::StopReason;
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use crate::bundle::guest::{Bind, Shown};
@@ -57,8 +59,7 @@ use crate::bundle::pod::Shared;
 use crate::bundle::{self, Bundle, hooks};
 use crate::config;
 use crate::guest_files;
-use crate::network::resolver::{self, ResolvConf};
-use crate::network::{self, Network, Traffic};
+use crate::network::{Error as NetworkError, Network, Record as NetworkRecord};
 use crate::records::{self, Record};
 use crate::size;
 use crate::state;
@@ -109,7 +110,7 @@ pub enum Error {
     Vmm(#[from] vmm::Error),
     /// of the network
     #[error(transparent)]
-    Network(#[from] network::Error),
+    Network(#[from] NetworkError),
     /// of a hook
     #[error(transparent)]
     Hook(#[from] hooks::Error),
@@ -188,6 +189,8 @@ pub struct Sandbox {
     share: Share,
     network: Network,
     has_resolver: Cell<bool>,
+    /// One change of the network after the other.
+    rewiring: Mutex<()>,
     outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
     oom_score: OomScore,
@@ -322,50 +325,6 @@ impl Sandbox {
         Ok(adopt::adopt(outside.as_fd(), paths)?)
     }
 
-    /// Wires the network as it is now: what is new is attached to the VM. Returns what to tell the agent of it, by
-    /// [`Self::set_network`]. `save` is given what there will be to take back before any of it is made. Answered
-    /// while [`Self::watch`] runs.
-    pub async fn wire_network(
-        &self,
-        save: impl FnOnce(network::Record) -> Result<(), Error>,
-    ) -> Result<Option<SetNetworkRequest>, Error> {
-        let news = self.network.wire(save)?;
-        for (slot, tap) in news.taps {
-            if let Some(device) = self.network.device(slot) {
-                self.vmm.attach_network(slot, device, tap).await?;
-            }
-        }
-        Ok(news.request)
-    }
-
-    /// Has the agent make the guest's network the same as the namespace's.
-    pub async fn set_network(&self, request: Option<SetNetworkRequest>) -> Result<(), Error> {
-        let Some(request) = request else { return Ok(()) };
-        let set = self.agent.set_network(&request).await;
-        self.timeline.mark("network_set");
-        set.map_err(|source| Error::Agent { what: "set up the guest's network", source })
-    }
-
-    /// Gives the guest Docker's name server, once a container's `/etc/resolv.conf` names it.
-    pub async fn set_resolver(&self, resolv_conf: Option<&ResolvConf>) -> Result<(), Error> {
-        if self.has_resolver.get() || !resolv_conf.is_some_and(ResolvConf::names_resolver) {
-            return Ok(());
-        }
-        let relayed = self.agent.relay_resolver().await;
-        relayed.map_err(|source| Error::Agent { what: "have names resolved by Docker", source })?;
-        let os = |e| Error::Os("have names resolved by Docker", e);
-        let stream = std::os::unix::net::UnixStream::from(self.vmm.connect(RESOLVER_PORT)?);
-        stream.set_nonblocking(true).map_err(os)?;
-        let stream = tokio::net::UnixStream::from_std(stream).map_err(os)?;
-        self.has_resolver.set(true);
-        tokio::task::spawn_local(async move {
-            if let Err(e) = resolver::carry(stream).await {
-                tracing::warn!("names are not resolved by Docker any more: {e}");
-            }
-        });
-        Ok(())
-    }
-
     /// Has the agent prepare what the containers of a pod share.
     pub async fn set_pod(&self, shared: &Shared) -> Result<(), Error> {
         let request = SetPodRequest {
@@ -379,37 +338,13 @@ impl Sandbox {
         set.map_err(|source| Error::Agent { what: "set up the pod", source })
     }
 
-    /// What has gone over the interfaces of the sandbox so far.
-    pub fn traffic(&self) -> Result<Vec<Traffic>, Error> {
-        Ok(self.network.traffic()?)
-    }
-
-    /// Takes back what was wired; false if that is left to [`network::clean_up`].
-    pub fn unwire_network(&self) -> bool {
-        let done = self.network.unwire();
-        done.inspect_err(|e| tracing::warn!("{e}")).is_ok()
-    }
-
-    /// Lets the guest's carriers follow the host's.
-    async fn follow_network(&self) -> Error {
-        loop {
-            match self.network.carrier_change().await {
-                Ok((slot, up)) => {
-                    if let Err(e) = self.vmm.set_link(slot, up) {
-                        return e.into();
-                    }
-                }
-                Err(e) => return e.into(),
-            }
-        }
-    }
-
-    /// Follows the VM to its end and says why it came. Only the first call of this sees the end.
-    pub async fn watch(&self) -> Error {
+    /// Follows the VM to its end and says why it came. Only the first call of this sees the end. `save` is that of
+    /// [`Self::wire_network`], for what comes to the network meanwhile.
+    pub async fn watch(&self, save: impl Fn(NetworkRecord) -> Result<(), Error>) -> Error {
         let ending = self.vmm.watch(&self.timeline, &self.first_run_ns);
         let beside = async {
-            let error = self.follow_network().await;
-            tracing::warn!("the guest's carriers stay as they are: {error}");
+            let error = self.watch_network(save).await;
+            tracing::warn!("the guest's network stays as it is: {error}");
             std::future::pending().await
         };
         let ending = tokio::select! {

@@ -71,7 +71,7 @@ impl Supervisor {
         signals: &Signals,
         listener: &Listener,
     ) -> Result<Exit, Error> {
-        let ending = self.container.sandbox.watch();
+        let ending = self.container.sandbox.watch(|record| self.container.save_network(record));
         let mut ending = std::pin::pin!(ending);
         let beside = async {
             let conversations = listener.each(|talk| {
@@ -117,7 +117,8 @@ impl Supervisor {
         }
         *self.container.poststart.borrow_mut() = hooks.poststart().clone().unwrap_or_default();
 
-        let network = self.container.wire_network().await?;
+        let sandbox = &self.container.sandbox;
+        let network = sandbox.wire_network(|record| self.container.save_network(record)).await?;
         // All of it lies in the stream before the guest is up, and is answered in order.
         let (set_up, network_set, created) = tokio::join!(
             biased;
@@ -127,6 +128,7 @@ impl Supervisor {
         );
         set_up?;
         network_set?;
+        sandbox.follow_network();
         let init = created.map_err(|source| Error::Agent { what: "create the container", source })?;
         self.container.init.set(init);
         self.container.sandbox.timeline.mark("container_created");

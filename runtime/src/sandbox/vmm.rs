@@ -144,6 +144,11 @@ impl Vmm {
         }
     }
 
+    /// Empties a network slot, which the guest has let go of.
+    pub fn detach_network(&self, slot: u8) -> Result<(), Error> {
+        self.client.detach_network(slot).map_err(|e| self.reason(e))
+    }
+
     /// Sets the carrier of a network interface.
     pub fn set_link(&self, slot: u8, up: bool) -> Result<(), Error> {
         self.client.set_link(slot, up).map_err(|e| self.reason(e))

@@ -26,6 +26,7 @@ use super::role::Role;
 use super::stdio::Paths;
 use super::task::Container;
 use crate::bundle::pod::Shared;
+use crate::network;
 use crate::printable::error_line;
 use crate::records::{self, Record};
 use crate::sandbox::agent::{self, Exit};
@@ -165,12 +166,9 @@ impl Pod {
     async fn set_up(&self, machine: &Booted) -> Result<(), sandbox::Error> {
         let vm = &machine.sandbox;
         vm.set_up().await?;
-        let save = |record| {
-            machine.state.borrow_mut().network = Some(record);
-            Ok(machine.dir().save(&machine.state.borrow())?)
-        };
-        let request = vm.wire_network(save).await?;
+        let request = vm.wire_network(|record| save_network(machine, record)).await?;
         vm.set_network(request).await?;
+        vm.follow_network();
         if let Some(shared) = &machine.shared {
             vm.set_pod(shared).await?;
         }
@@ -199,7 +197,7 @@ impl Pod {
         };
         tokio::select! {
             biased;
-            error = vm.watch() => self.has_ended(&error_line(&error), error.console()),
+            error = vm.watch(|record| save_network(machine, record)) => self.has_ended(&error_line(&error), error.console()),
             () = async { tokio::join!(up, vm.read_console()); } => {}
         }
     }
@@ -355,4 +353,10 @@ impl Pod {
         };
         self.publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
+}
+
+/// Writes down what of the network has to be taken back.
+fn save_network(machine: &Booted, record: network::Record) -> Result<(), sandbox::Error> {
+    machine.state.borrow_mut().network = Some(record);
+    Ok(machine.dir().save(&machine.state.borrow())?)
 }
