@@ -1,11 +1,10 @@
-//! Connections that the host forwards to ports of the pod.
+//! Connections that the host forwards to ports of the guest.
 //!
-//! Each is a vsock connection of its own. The host says which port in a line; the agent dials that on the loopback
-//! interface, says [`DIALLED`] if somebody listens there and closes the connection if not, and from then on what
+//! Each is a vsock connection of its own. The host says in a line what was dialled; the agent dials that here, says [`DIALLED`] if somebody listens there and closes the connection if not, and from then on what
 //! comes from either side goes to the other.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv6Addr, SocketAddrV4};
 use std::time::Duration;
 
 use stockade_agent_protocol::{DIALLED, FORWARD_HEADER_MAX};
@@ -39,24 +38,26 @@ pub async fn serve(mut listener: Listener) {
 }
 
 async fn forward(mut stream: Stream) -> io::Result<()> {
-    let port = timeout(HEADER_TIMEOUT, read_port(&mut stream)).await??;
-    let mut target = match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
-        Ok(target) => target,
-        // Servers that listen on one family only are common.
-        Err(_) => TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await?,
+    let to = timeout(HEADER_TIMEOUT, read_address(&mut stream)).await??;
+    let mut target = match TcpStream::connect(to).await {
+        Err(_) if to.ip().is_loopback() => {
+            // Servers that listen on one family only are common.
+            TcpStream::connect((Ipv6Addr::LOCALHOST, to.port())).await?
+        }
+        other => other?,
     };
     stream.write_all(&[DIALLED]).await?;
     copy_bidirectional(&mut stream, &mut target).await.map(drop)
 }
 
 /// Byte by byte: what follows the line is not the agent's.
-async fn read_port(stream: &mut Stream) -> io::Result<u16> {
+async fn read_address(stream: &mut Stream) -> io::Result<SocketAddrV4> {
     let mut line = Vec::new();
     while line.len() < FORWARD_HEADER_MAX {
         match stream.read_u8().await? {
             b'\n' => {
-                let port = std::str::from_utf8(&line).ok().and_then(|text| text.parse().ok());
-                return port.ok_or_else(|| io::Error::other("its first line is no port"));
+                let to = std::str::from_utf8(&line).ok().and_then(|text| text.parse().ok());
+                return to.ok_or_else(|| io::Error::other("its first line is no address and port"));
             }
             byte => line.push(byte),
         }

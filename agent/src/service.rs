@@ -41,6 +41,8 @@ pub struct Service {
     greeted: AtomicBool,
     set_up: AtomicBool,
     network: Network,
+    /// Whether it takes connections for ports of the guest.
+    forwards: AtomicBool,
     /// Whether callers inside the guest are served.
     loopback: bool,
     started_ns: u64,
@@ -56,6 +58,7 @@ impl Service {
             greeted: AtomicBool::new(false),
             set_up: AtomicBool::new(false),
             network: Network::default(),
+            forwards: AtomicBool::new(false),
             loopback: options.loopback,
             started_ns,
             listening_ns,
@@ -67,6 +70,15 @@ impl Service {
             return Err(Error::Precondition("the first call must be Handshake".into()));
         }
         Ok(&self.containers)
+    }
+
+    /// Begins to take connections for ports of the guest, unless it does.
+    fn forward_ports(&self) -> Result<(), Error> {
+        if !self.forwards.load(Ordering::Relaxed) {
+            tokio::spawn(forward::serve(Listener::bind(FORWARD_PORT, self.loopback)?));
+            self.forwards.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// A process of a container, or of the guest itself.
@@ -137,6 +149,9 @@ impl Agent for Service {
 
     async fn set_network(&self, _: &TtrpcContext, request: SetNetworkRequest) -> ttrpc::Result<Empty> {
         let reaper = self.containers()?.reaper();
+        if request.forward {
+            self.forward_ports()?;
+        }
         self.network.set(reaper, request).await?;
         Ok(Empty::default())
     }
@@ -151,7 +166,7 @@ impl Agent for Service {
     async fn set_pod(&self, _: &TtrpcContext, request: SetPodRequest) -> ttrpc::Result<Empty> {
         self.containers()?;
         pod::set(&request)?;
-        tokio::spawn(forward::serve(Listener::bind(FORWARD_PORT, self.loopback)?));
+        self.forward_ports()?;
         Ok(Empty::default())
     }
 

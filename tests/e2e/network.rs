@@ -26,6 +26,7 @@ pub const CASES: &[Case] = &[
     case!(ptp_reaches_the_host_with_routes_that_the_plugin_replaced),
     case!(macvlan_reaches_its_neighbours),
     case!(ipvlan_reaches_its_neighbours),
+    case!(ports_of_a_user_space_network_are_dialled_within_the_namespace),
     case!(interface_that_comes_between_create_and_start_is_there),
     case!(prestart_hook_fills_a_fresh_namespace_by_pid),
     case!(carrier_inside_follows_the_one_outside).stockade_only(VM),
@@ -293,6 +294,32 @@ fn macvlan_reaches_its_neighbours() {
 
 fn ipvlan_reaches_its_neighbours() {
     reaches_its_neighbours("ipvlan", "l2");
+}
+
+fn ports_of_a_user_space_network_are_dialled_within_the_namespace() {
+    let netns = Netns::new();
+    let (name, n) = (&netns.name, netns.number);
+    // As slirp4netns has it; its port handler dials this address, others 127.0.0.1.
+    tool(&format!(
+        "ip -n {name} tuntap add mode tap name tap0 && ip -n {name} addr add 10.72.{n}.100/24 dev tap0 &&
+         ip -n {name} link set tap0 up"
+    ));
+    let container = idle_in(&netns);
+    let own = format!("10.72.{n}.100");
+    let _anywhere = serve(&container, 7000, "TCP4", "hello");
+    let server = format!("TCP4-LISTEN:7001,bind={own},reuseaddr,fork");
+    let own_only = container.start_exec(&[], &["socat", "-d", "-d", &server, "SYSTEM:cat"], Stdin::Null);
+    while !own_only.stderr_line().contains("listening") {}
+    for address in ["127.0.0.1", &own] {
+        assert_eq!(netns.tool(&format!("socat -u TCP4:{address}:7000 -")), "hello\n", "{address}");
+    }
+    let echo = format!("seq 100000 | ip netns exec {name} socat -t 60 - TCP4:{own}:7001 | tail -n 1");
+    assert_eq!(tool(&echo), "100000\n");
+    for closed in ["127.0.0.1:7001", "127.0.0.1:7002", &format!("{own}:7002")] {
+        let dial = format!("ip netns exec {name} curl -sS --max-time 100 http://{closed}/ 2>&1 || true");
+        let refused = tool(&dial);
+        assert!(refused.contains("refused") || refused.contains("reset"), "{closed}: {refused}");
+    }
 }
 
 fn interface_that_comes_between_create_and_start_is_there() {

@@ -28,7 +28,7 @@ pub use generated::agent as messages;
 pub use generated::agent_ttrpc as service;
 
 /// Version of the contract. The host brings its own guest image, so both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 6;
+pub const PROTOCOL_VERSION: u32 = 7;
 /// Guest port of the ttrpc service.
 pub const RPC_PORT: u32 = 1024;
 /// Guest port of stdio streams.
@@ -47,11 +47,12 @@ pub const POD_VOLUMES: &str = "/run/stockade/pod/volumes";
 pub const POD_PARTS: &str = "/run/stockade/pod/parts";
 /// In place of a container's id: the guest itself, for processes that are in none. No container's id has the character.
 pub const GUEST: &str = "=guest";
-/// Guest port of connections that the host forwards to a TCP port of the pod. The host writes the port's number and a
-/// line feed first; the agent answers [`DIALLED`], or closes the connection if nobody listens there.
+/// Guest port of connections that the host forwards to a TCP port of the guest, where it listens once a pod has been set
+/// or a network that is to have them. The host writes the IPv4 address, a colon, the port's number and a line feed first;
+/// the agent answers [`DIALLED`], or closes the connection if nobody listens there.
 pub const FORWARD_PORT: u32 = 1026;
 /// Longest header of such a connection, line feed included.
-pub const FORWARD_HEADER_MAX: usize = "65535".len() + 1;
+pub const FORWARD_HEADER_MAX: usize = "255.255.255.255:65535".len() + 1;
 /// From here on, all that either side sends is the connection's.
 pub const DIALLED: u8 = b'+';
 /// Where Docker's name server for networks of its own is, in the container's network namespace.

@@ -1,8 +1,9 @@
-//! One socket that accepts the TCP connections to every port of a network namespace's loopback interface.
+//! One socket that accepts the TCP connections to every port of a network namespace, which are made in it: whatever comes
+//! over its interfaces goes to the VM before anything here sees it.
 //!
-//! Who forwards a port of a pod enters the pod's namespace on the host and dials there, where nobody listens: the
+//! Who forwards a port of a sandbox enters its namespace on the host and dials there, where nobody listens: the
 //! workload is in the VM. A program for socket lookups (Documentation/bpf/prog_sk_lookup.rst, Linux 5.9) gives all
-//! of these connections to one listener, whose accepted sockets still know which port was dialled. It ends with the
+//! of these connections to one listener, whose accepted sockets still know what was dialled. It ends with the
 //! descriptors that hold it.
 
 use std::fs::File;
@@ -29,7 +30,6 @@ const SK_PASS: i32 = 1;
 /// Offsets in `struct bpf_sk_lookup`.
 const FAMILY: i16 = 8;
 const PROTOCOL: i16 = 12;
-const LOCAL_IP4: i16 = 40;
 
 /// Accepts for all ports as long as it lives.
 pub struct AllPorts {
@@ -65,8 +65,8 @@ const fn op(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) 
     Instruction { code, registers: source << 4 | destination, offset, immediate }
 }
 
-/// Assigns the map's socket to TCP connections whose destination is in 127.0.0.0/8.
-fn program(sockets: i32) -> [Instruction; 24] {
+/// Assigns the map's socket to TCP connections of IPv4.
+fn program(sockets: i32) -> [Instruction; 21] {
     // Codes: a load of four bytes, a move, jumps, a store, a call.
     const LOAD: u8 = 0x61;
     const MOVE: u8 = 0xbf;
@@ -77,17 +77,13 @@ fn program(sockets: i32) -> [Instruction; 24] {
     /// `BPF_PSEUDO_MAP_FD`: the number is a map's descriptor.
     const MAP: u8 = 1;
     // How far it is from an instruction to the last two.
-    let out = |at: i16| 22 - at - 1;
+    let out = |at: i16| 19 - at - 1;
     [
         op(MOVE, 6, 1, 0, 0),
         op(LOAD, 2, 1, FAMILY, 0),
         op(UNLESS, 2, 0, out(2), libc::AF_INET),
         op(LOAD, 2, 1, PROTOCOL, 0),
         op(UNLESS, 2, 0, out(4), libc::IPPROTO_TCP),
-        // Network byte order: the first byte of the address is the lowest.
-        op(LOAD, 2, 1, LOCAL_IP4, 0),
-        op(0x57, 2, 0, 0, 0xff),
-        op(UNLESS, 2, 0, out(7), 127),
         // The key, 0, on the stack.
         op(0x62, 10, 0, -4, 0),
         op(MOVE, 2, 10, 0, 0),
@@ -95,7 +91,7 @@ fn program(sockets: i32) -> [Instruction; 24] {
         op(0x18, 1, MAP, 0, sockets),
         op(0, 0, 0, 0, 0),
         op(CALL, 0, 0, 0, MAP_LOOKUP_ELEM),
-        op(IF, 0, 0, out(14), 0),
+        op(IF, 0, 0, out(11), 0),
         op(MOVE, 7, 0, 0, 0),
         op(MOVE, 1, 6, 0, 0),
         op(MOVE, 2, 7, 0, 0),

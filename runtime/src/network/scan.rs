@@ -81,6 +81,7 @@ pub fn scan(kernel_: &mut Connection, known: &[Wired], taps: &[u32]) -> Result<F
     let chosen = choose(&links, known, &addresses, &occupied, &mut refused);
     let mut interfaces: Vec<Interface> = Vec::new();
     let mut messages = Vec::new();
+    let forward = chosen.iter().any(|link| link.is_in_user_space());
     for link in chosen {
         match link.interface(&interfaces, &occupied) {
             Ok(interface) => {
@@ -95,6 +96,7 @@ pub fn scan(kernel_: &mut Connection, known: &[Wired], taps: &[u32]) -> Result<F
         links: messages,
         routes: route_list(kernel_, &links, &interfaces, &mut refused)?,
         neighbours: neighbours(kernel_, &interfaces)?,
+        forward,
         ..Default::default()
     };
     if !interfaces.is_empty() && has_rules(kernel_)? {
@@ -197,6 +199,12 @@ impl Seen {
             None if self.ethernet => "network card".into(),
             None => "no Ethernet".into(),
         }
+    }
+
+    /// Whether a program, such as slirp4netns, is its other end. Nobody can dial it from outside of the namespace, so who
+    /// forwards its ports does so inside.
+    fn is_in_user_space(&self) -> bool {
+        self.kind == Some(InfoKind::Tun)
     }
 
     fn refused(&self, reason: impl Into<String>) -> Error {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use oci_spec::runtime::Spec;
 use stockade_agent_protocol::RPC_PORT;
 use stockade_vmm::control::Boot;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 
 use super::agent::Agent;
 use super::cgroup::Membership;
@@ -107,6 +107,7 @@ impl Spawned {
             network,
             has_resolver: Cell::new(false),
             rewiring: Mutex::default(),
+            dialled: Notify::new(),
             outside: outside.into(),
             first_run_ns: Cell::new(0),
             oom_score: OomScore::default(),

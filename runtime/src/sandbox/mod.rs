@@ -17,6 +17,7 @@ pub mod console;
 mod container;
 pub mod control;
 mod enter;
+pub mod forward;
 mod further;
 pub mod join;
 pub mod launch;
@@ -42,6 +43,7 @@ pub mod volumes;
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, Read};
+use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -51,7 +53,7 @@ use oci_spec::runtime::{Hook, Spec};
 use stockade_agent_protocol::messages::SetPodRequest;
 use stockade_agent_protocol::{FORWARD_PORT, STDIO_PORT};
 use stockade_vmm::control::StopReason;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
 
 use crate::bundle::guest::{Bind, Shown};
@@ -191,6 +193,8 @@ pub struct Sandbox {
     has_resolver: Cell<bool>,
     /// One change of the network after the other.
     rewiring: Mutex<()>,
+    /// The guest has been told that its ports are dialled on the host.
+    dialled: Notify,
     outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
     oom_score: OomScore,
@@ -273,10 +277,10 @@ impl Sandbox {
         Ok([connect(0)?, connect(1)?, connect(2)?])
     }
 
-    /// A stream to a TCP port of the guest's loopback interface, once the agent has answered `DIALLED` on it.
-    pub fn connect_port(&self, port: u16) -> Result<OwnedFd, Error> {
+    /// A stream to a TCP port of the guest, once the agent has answered `DIALLED` on it.
+    pub fn connect_port(&self, to: SocketAddrV4) -> Result<OwnedFd, Error> {
         let stream = self.vmm.connect(FORWARD_PORT)?;
-        let header = format!("{port}\n");
+        let header = format!("{to}\n");
         nix::unistd::write(&stream, header.as_bytes()).map_err(|e| vmm::Error::Stream(e.into()))?;
         Ok(stream)
     }

@@ -4,13 +4,14 @@
 //! gone before its slot is emptied, and what is new is in its slot before the guest is told to look.
 
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::time::Duration;
 
 use stockade_agent_protocol::RESOLVER_PORT;
 use stockade_agent_protocol::messages::SetNetworkRequest;
 use tokio::time::timeout;
 
-use super::{Error, Sandbox, agent};
+use super::{Error, Sandbox, agent, forward};
 use crate::network::resolver::{self, ResolvConf};
 use crate::network::{self, Change, Demand, News, Removal, Traffic};
 
@@ -79,6 +80,9 @@ impl Sandbox {
         let Some(request) = request else { return Ok(()) };
         let set = self.agent.set_network(&request).await;
         self.timeline.mark_once("network_set");
+        if request.forward && set.is_ok() {
+            self.dialled.notify_one();
+        }
         set.map_err(|source| Error::Agent { what: "set up the guest's network", source })
     }
 
@@ -100,6 +104,13 @@ impl Sandbox {
             }
         });
         Ok(())
+    }
+
+    /// Carries the connections that are made within the namespace to the guest's ports, where there is somebody who makes
+    /// them.
+    pub async fn forward_ports(self: Rc<Self>) {
+        self.dialled.notified().await;
+        forward::serve(move |to| self.connect_port(to).map_err(|e| e.to_string())).await;
     }
 
     /// From now on what changes in the namespace reaches the guest, while [`Self::watch`] runs.

@@ -78,7 +78,8 @@ impl Supervisor {
                 tokio::task::spawn_local(self.container.clone().converse(talk));
             });
             let signals = signals.each(async |signal| self.on_signal(signal, stdio).await);
-            let _ = tokio::join!(conversations, signals, self.container.sandbox.read_console());
+            let ports = self.container.sandbox.clone().forward_ports();
+            let _ = tokio::join!(conversations, signals, ports, self.container.sandbox.read_console());
             pending::<()>().await
         };
         let result = tokio::select! {

@@ -15,7 +15,6 @@ mod entrance;
 mod error;
 mod events;
 mod flags;
-mod forward;
 mod hints;
 mod pod;
 mod pod_config;

@@ -20,7 +20,6 @@ use super::boot::{Booted, Plan};
 use super::entrance;
 use super::error::Error;
 use super::events::{Publisher, timestamp};
-use super::forward;
 use super::process::{Exited, Process, Stage};
 use super::role::Role;
 use super::stdio::Paths;
@@ -32,7 +31,7 @@ use crate::records::{self, Record};
 use crate::sandbox::agent::{self, Exit};
 use crate::sandbox::stdio::Relays;
 use crate::sandbox::volumes::Volumes;
-use crate::sandbox::{self, Sandbox};
+use crate::sandbox::{self, Sandbox, forward};
 use crate::size::VmSize;
 
 /// How long the end of a VM may take to be known after the connection to its agent broke.
@@ -188,7 +187,11 @@ impl Pod {
                 std::future::pending::<()>().await;
             }
             if machine.shared.is_some() {
-                tokio::task::spawn_local(forward::serve(self.clone()));
+                let pod = self.clone();
+                tokio::task::spawn_local(forward::serve(move |to| {
+                    let vm = pod.vm().map_err(|e| e.to_string())?;
+                    vm.connect_port(to).map_err(|e| e.to_string())
+                }));
             }
             if let Err(e) = vm.agent.out_of_memory(|id| self.out_of_memory(id)).await {
                 tracing::debug!("events of the guest end: {e}");

@@ -1,7 +1,10 @@
-//! Ports of a pod, for who enters its network namespace on the host and dials them there, as containerd does for
-//! `kubectl port-forward`: each connection to the loopback interface is carried to the same port in the guest.
+//! Ports of a sandbox, for who enters its network namespace on the host and dials them there, as containerd does for
+//! `kubectl port-forward` and the port handler of slirp4netns for `podman run -p`: each connection is carried to the same
+//! address and port in the guest.
 
 use std::io;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,29 +14,30 @@ use tokio::io::{AsyncReadExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 
-use super::pod::Pod;
 use crate::network::loopback::AllPorts;
 
 /// Connections at once. Each is one of the VM's streams, which containers need as well.
 const CONNECTIONS_MAX: usize = 64;
 
-/// Carries connections for as long as the pod lives. To be called in the pod's network namespace.
-pub async fn serve(pod: Rc<Pod>) {
+/// Carries connections for as long as the sandbox lives; `dial` makes a stream into the guest. To be called in the
+/// sandbox's network namespace.
+pub async fn serve(dial: impl Fn(SocketAddrV4) -> Result<OwnedFd, String> + 'static) {
     let (_all, listener) = match listen() {
         Ok(made) => made,
         Err(e) => {
-            tracing::warn!("ports of the pod cannot be forwarded (it takes Linux 5.9 and CAP_BPF): {e}");
+            tracing::warn!("ports cannot be forwarded (it takes Linux 5.9 and CAP_BPF): {e}");
             return;
         }
     };
+    let dial = Rc::new(dial);
     let free = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(permit) = free.clone().acquire_owned().await else { return };
         let accepted = listener.accept().await;
-        let pod = pod.clone();
+        let dial = dial.clone();
         tokio::task::spawn_local(async move {
             let carried = match accepted {
-                Ok((connection, _)) => carry(&pod, connection).await,
+                Ok((connection, _)) => carry(&*dial, connection).await,
                 Err(e) => Err(e),
             };
             if let Err(e) = carried {
@@ -51,16 +55,19 @@ fn listen() -> io::Result<(AllPorts, TcpListener)> {
     Ok((all, TcpListener::from_std(listener)?))
 }
 
-async fn carry(pod: &Pod, mut connection: TcpStream) -> io::Result<()> {
-    let port = connection.local_addr()?.port();
-    let opened = pod.vm().map_err(|e| e.to_string());
-    let opened =
-        opened.and_then(|vm| vm.connect_port(port).map_err(|e| e.to_string())).map_err(io::Error::other);
+async fn carry(
+    dial: &dyn Fn(SocketAddrV4) -> Result<OwnedFd, String>,
+    mut connection: TcpStream,
+) -> io::Result<()> {
+    let SocketAddr::V4(to) = connection.local_addr()? else {
+        return Err(io::Error::other("it is none of IPv4"));
+    };
+    let opened = dial(to).map_err(io::Error::other);
     let dialled = async {
         let mut stream = UnixStream::from_std(opened?.into())?;
         match stream.read_u8().await? {
             DIALLED => Ok(stream),
-            other => Err(io::Error::other(format!("the guest says {other} of port {port}"))),
+            other => Err(io::Error::other(format!("the guest says {other} of {to}"))),
         }
     };
     match dialled.await {
