@@ -1,16 +1,16 @@
 //! Takes one store out of QEMU, with which it gives a guest of the lab's host an interrupt twice.
 //!
-//! `helper_vmrun` (target/i386/tcg/sysemu/svm_helper.c, the same in 7.2 and 10.0) delivers the interrupt that KVM
-//! injects, and leaves its vector in `exception_index` as if it were still to be delivered. Mostly a VM exit soon puts
-//! something else there. But when QEMU leaves its inner loop before that, because another of its threads kicks the
-//! CPU or, on the virtual clock, a time slice ends, it finds the vector and delivers it once more, whether or not the
-//! guest has interrupts enabled. Then Linux runs its timer interrupt inside its timer interrupt, and waits for ever for
-//! a lock that it holds itself: the vCPU is busy, and nothing else is. Seen in one of some ten VM starts on the virtual
-//! clock and in one of some two thousand on the other, mostly where the build machine had much to do.
+//! `helper_vmrun` (target/i386/tcg/sysemu/svm_helper.c) delivers the interrupt that KVM injects, and leaves its
+//! vector in `exception_index` as if it were still to be delivered. Mostly a VM exit soon puts something else
+//! there. But when QEMU leaves its inner loop before that, because another of its threads kicks the CPU or, on the
+//! virtual clock, a time slice ends, it finds the vector and delivers it once more, whether or not the guest has
+//! interrupts enabled. Then Linux runs its timer interrupt inside its timer interrupt, and waits for ever for a
+//! lock that it holds itself: the vCPU is busy, and nothing else is. Seen in one of some ten VM starts on the
+//! virtual clock and in one of some two thousand on the other, mostly where the build machine had much to do.
 //!
-//! Nothing needs that store, since the interrupt is delivered by a call. So it becomes a `nop`, in the memory of the
-//! process and long before its first VMRUN; the file stays as it is. A QEMU in which it is not found just once is left
-//! alone.
+//! Nothing needs that store, since the interrupt is delivered by a call. So it becomes a `nop`, in the memory of
+//! the process and long before its first VMRUN; the file stays as it is. It is found in Debian's QEMU 7.2, 10.0 and
+//! 11.1; one in which it is not there just once is left alone.
 
 use std::fs::{self, File};
 use std::io;
