@@ -2,15 +2,16 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::harness::{Case, Containerd, Exit, Program, Stdin, Traces, case, wait_gone};
+use crate::harness::{Bundle, Case, Containerd, Exit, Program, Stdin, Traces, case, tool, unique, wait_gone};
 
 const SHIM: &str = "the shim";
 
 pub const CASES: &[Case] = &[
     case!(run_reports_output_and_exit_code).stockade_only(SHIM).exclusive(),
     case!(detached_task_is_executed_in_paused_measured_and_killed).stockade_only(SHIM).exclusive(),
+    case!(interface_that_a_hook_adds_is_there_when_the_task_starts).stockade_only(SHIM).exclusive(),
     case!(events_come_in_the_order_of_what_happened).stockade_only(SHIM).exclusive(),
     case!(five_tasks_at_once_are_apart).stockade_only(SHIM).exclusive(),
     case!(tasks_outlive_a_killed_containerd).stockade_only(SHIM).exclusive(),
@@ -53,6 +54,22 @@ fn detached_task_is_executed_in_paused_measured_and_killed() {
     let deleted = containerd.ctr(&["task", "delete", "a"]);
     assert!(deleted.stderr.contains("exit code 5") || deleted.exit == Exit::Code(5), "{deleted:?}");
     containerd.ctr(&["container", "delete", "a"]).code(0);
+}
+
+fn interface_that_a_hook_adds_is_there_when_the_task_starts() {
+    let containerd = Containerd::start();
+    tool("modprobe tun");
+    // As Docker's hook does where it uses the shim: by the number in the state.
+    let n = unique();
+    let script = format!(
+        r#"pid=$(sed 's/.*"pid": *\([0-9]*\).*/\1/') && ip link add v-{n} type veth peer name eth0 netns $pid &&
+           nsenter -t $pid -n ip addr add 10.66.{n}.2/24 dev eth0 && nsenter -t $pid -n ip link set eth0 up"#
+    );
+    let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]});
+    let bundle = Bundle::sh("ip -o -4 addr show eth0 | awk '{print $4}'").push("/hooks/prestart", hook);
+    let config = bundle.save().join("config.json").display().to_string();
+    let words = ["run", "--rm", "--runtime", "io.containerd.stockade.v2", "--config", &config, "a"];
+    assert_eq!(containerd.ctr(&words).ok(), format!("10.66.{n}.2/24\n"));
 }
 
 fn events_come_in_the_order_of_what_happened() {

@@ -151,6 +151,8 @@ fn networks_are_connected_and_disconnected_while_a_container_runs() {
         inside(&format!("until ip addr | grep -q 'inet {address}/'; do sleep 0.1; done"));
         let fetch = format!("curl -sS --max-time 10 --retry 20 --retry-all-errors http://{address}/");
         assert_eq!(tool(&fetch), "served\n");
+        // A name of that network, which the container could not ask before.
+        inside("until wget -q -O /dev/null http://web/; do sleep 0.1; done");
         docker.docker(&["network", "disconnect", "two", "web"]).code(0);
         inside("while [ -e /sys/class/net/eth1 ]; do sleep 0.1; done; test -e /sys/class/net/eth0");
     }

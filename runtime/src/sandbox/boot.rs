@@ -105,6 +105,7 @@ impl Spawned {
             console,
             share,
             network,
+            resolv_conf: RefCell::default(),
             has_resolver: Cell::new(false),
             rewiring: Mutex::default(),
             dialled: Notify::new(),

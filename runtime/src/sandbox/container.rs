@@ -16,7 +16,6 @@ use super::control::{self, AsyncConversation, ProcessInfo, Reply, Request};
 use super::volumes::Volumes;
 use super::{Error, Sandbox, agent, cgroup, enter, run_hooks_in};
 use crate::bundle::guest::{self, Bind};
-use crate::network::resolver::ResolvConf;
 use crate::network::{self, Demand};
 use crate::state::{State, StateDir, Status};
 
@@ -43,8 +42,6 @@ pub(super) struct Container {
     pub outside: Rc<[OwnedFd]>,
     /// Hooks to run once it has been started.
     pub poststart: RefCell<Vec<Hook>>,
-    /// What it has at `/etc/resolv.conf`, where that is a mount.
-    resolv_conf: Option<ResolvConf>,
     execs: RefCell<Vec<JoinHandle<()>>>,
     exec_count: Cell<u64>,
     /// The processes of the host that stand for execs.
@@ -66,18 +63,11 @@ pub(super) struct Common {
 
 impl Container {
     /// The one that a VM was made for, with what of it is in the share.
-    pub fn first(
-        sandbox: Sandbox,
-        dir: &Rc<StateDir>,
-        state: State,
-        binds: &[Bind],
-        resolv_conf: Option<ResolvConf>,
-    ) -> Rc<Self> {
+    pub fn first(sandbox: Sandbox, dir: &Rc<StateDir>, state: State, binds: &[Bind]) -> Rc<Self> {
         let vm = Rc::<Common>::default();
         binds.iter().for_each(|bind| vm.volumes.borrow_mut().know(bind, &state.id));
         let outside = sandbox.outside.clone();
-        let container = Self::new(Rc::new(sandbox), dir.clone(), state, vm, None, outside);
-        Rc::new(Container { resolv_conf, ..container })
+        Rc::new(Self::new(Rc::new(sandbox), dir.clone(), state, vm, None, outside))
     }
 
     /// One that has come to this, by a command from these namespaces.
@@ -104,7 +94,6 @@ impl Container {
             first,
             outside,
             poststart: RefCell::default(),
-            resolv_conf: None,
             execs: RefCell::default(),
             exec_count: Cell::new(0),
             exec_pids: RefCell::default(),
@@ -137,7 +126,7 @@ impl Container {
 
     /// Lets the workload run.
     pub async fn start(&self) -> Result<(), Error> {
-        self.sandbox.set_resolver(self.resolv_conf.as_ref()).await?;
+        self.sandbox.set_resolver().await?;
         self.sandbox
             .agent
             .start(&self.id())

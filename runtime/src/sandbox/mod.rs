@@ -61,6 +61,7 @@ use crate::bundle::pod::Shared;
 use crate::bundle::{self, Bundle, hooks};
 use crate::config;
 use crate::guest_files;
+use crate::network::resolver::ResolvConf;
 use crate::network::{Error as NetworkError, Network, Record as NetworkRecord};
 use crate::records::{self, Record};
 use crate::size;
@@ -190,6 +191,7 @@ pub struct Sandbox {
     console: Console,
     share: Share,
     network: Network,
+    resolv_conf: RefCell<Option<ResolvConf>>,
     has_resolver: Cell<bool>,
     /// One change of the network after the other.
     rewiring: Mutex<()>,

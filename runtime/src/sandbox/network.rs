@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
 
+use oci_spec::runtime::Spec;
 use stockade_agent_protocol::RESOLVER_PORT;
 use stockade_agent_protocol::messages::SetNetworkRequest;
 use tokio::time::timeout;
@@ -86,9 +87,18 @@ impl Sandbox {
         set.map_err(|source| Error::Agent { what: "set up the guest's network", source })
     }
 
-    /// Gives the guest Docker's name server, once a container's `/etc/resolv.conf` names it.
-    pub async fn set_resolver(&self, resolv_conf: Option<&ResolvConf>) -> Result<(), Error> {
-        if self.has_resolver.get() || !resolv_conf.is_some_and(ResolvConf::names_resolver) {
+    /// A container's `/etc/resolv.conf`. Those of a VM share its network, so the first is everyone's.
+    pub fn know_resolv_conf(&self, spec: &Spec) {
+        let mut known = self.resolv_conf.borrow_mut();
+        if known.is_none() {
+            *known = ResolvConf::of(spec);
+        }
+    }
+
+    /// Gives the guest Docker's name server, once `/etc/resolv.conf` names it.
+    pub async fn set_resolver(&self) -> Result<(), Error> {
+        let named = self.resolv_conf.borrow().as_ref().is_some_and(ResolvConf::names_resolver);
+        if !named || self.has_resolver.replace(true) {
             return Ok(());
         }
         let relayed = self.agent.relay_resolver().await;
@@ -97,7 +107,6 @@ impl Sandbox {
         let stream = std::os::unix::net::UnixStream::from(self.vmm.connect(RESOLVER_PORT)?);
         stream.set_nonblocking(true).map_err(os)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(os)?;
-        self.has_resolver.set(true);
         tokio::task::spawn_local(async move {
             if let Err(e) = resolver::carry(stream).await {
                 tracing::warn!("names are not resolved by Docker any more: {e}");
@@ -141,6 +150,10 @@ impl Sandbox {
                 Ok(Change::Settled) => {
                     if let Err(e) = self.rewire_network(Demand::Lenient, &save).await {
                         tracing::warn!("a change of the network namespace does not reach the VM: {e}");
+                    }
+                    // Docker has written its name server's address before it adds an interface.
+                    if let Err(e) = self.set_resolver().await {
+                        tracing::warn!("{e}");
                     }
                 }
                 Err(e) => return e.into(),

@@ -24,7 +24,6 @@ use crate::bundle::{Bundle, guest};
 use crate::config::Settings;
 use crate::guest_files::GuestFiles;
 use crate::network::Network;
-use crate::network::resolver::ResolvConf;
 use crate::process::ProcessId;
 use crate::records::{self, Record};
 use crate::size::VmSize;
@@ -121,7 +120,7 @@ fn run_to_its_end(
     let wishes = Wishes { debug: launch.debug, enter: settings.enter };
     let sandbox = spawned.boot(&bundle.spec, share, size, files, wishes)?;
     sandbox.add_oom_score(&bundle.spec);
-    let resolv_conf = ResolvConf::of(&bundle.spec);
+    sandbox.know_resolv_conf(&bundle.spec);
     sandbox.keep_console(reservation.dir().path());
 
     let mut stdio = open_stdio(&bundle, launch.console_socket.as_deref())?;
@@ -136,7 +135,7 @@ fn run_to_its_end(
 
     let local = LocalSet::new();
     let outcome = local.block_on(&runtime, async {
-        let container = Container::first(sandbox, reservation.dir(), state, &adapted.binds, resolv_conf);
+        let container = Container::first(sandbox, reservation.dir(), state, &adapted.binds);
         let supervisor = Supervisor::new(container);
         let wanted = stdio.wanted();
         let first_byte = supervisor.first_byte_mark();

@@ -25,7 +25,7 @@ use super::role::Role;
 use super::stdio::Paths;
 use super::task::Container;
 use crate::bundle::pod::Shared;
-use crate::network;
+use crate::network::{self, Demand};
 use crate::printable::error_line;
 use crate::records::{self, Record};
 use crate::sandbox::agent::{self, Exit};
@@ -174,6 +174,16 @@ impl Pod {
         self.up.set(true);
         self.went.notify_waiters();
         Ok(())
+    }
+
+    /// Wires what hooks or the engine have put into the network namespace of a single container since it was created. That
+    /// of a pod is whole before the pod is made.
+    pub async fn catch_up_network(&self) -> Result<(), sandbox::Error> {
+        let Some(machine) = self.machine.get().filter(|machine| machine.shared.is_none()) else {
+            return Ok(());
+        };
+        machine.sandbox.rewire_network(Demand::Strict, |record| save_network(machine, record)).await?;
+        machine.sandbox.set_resolver().await
     }
 
     /// Follows the VM: prepares it, tells of memory that ran out, and knows when it ends.

@@ -25,7 +25,6 @@ use super::stdio::{self, Owner, Paths};
 use super::{rootfs, stats};
 use crate::bundle::guest::{self, Adapted};
 use crate::bundle::{self, Bundle, hooks};
-use crate::network::resolver::ResolvConf;
 use crate::printable::error_line;
 use crate::sandbox::{self, Adopted, Sandbox, agent};
 
@@ -46,8 +45,6 @@ pub struct Container {
     pub paused: Cell<bool>,
     /// It is what kubelet calls the pause container: nothing of it is in the guest.
     pub is_pause: bool,
-    /// What it has at `/etc/resolv.conf`, where that is a mount.
-    resolv_conf: Option<ResolvConf>,
     hooks: Hooks,
 }
 
@@ -97,7 +94,7 @@ impl Pod {
         let init = Rc::new(Process::new("", paths));
         let is_pause = self.plan.role == Role::Pod && id == self.plan.id;
         if is_pause {
-            let container = self.admit(&id, bundle, init, Hooks::default(), true, None);
+            let container = self.admit(&id, bundle, init, Hooks::default(), true);
             self.created(&container, &request);
             return Ok(self.pid());
         }
@@ -137,6 +134,7 @@ impl Pod {
             }
         }
         vm.add_oom_score(&bundle.spec);
+        vm.know_resolv_conf(&bundle.spec);
         let owner = Owner { namespace: &self.plan.namespace, container: id };
         let (mut host, held) = stdio::open(&init.paths, owner)?;
         init.held.replace(held);
@@ -151,8 +149,7 @@ impl Pod {
         if let Err(e) = vm.agent.create(id, adapted.spec, wanted).await {
             return Err(self.explain("create the container", e).await);
         }
-        let resolv_conf = ResolvConf::of(&bundle.spec);
-        let container = self.admit(id, path.to_owned(), init.clone(), hooks, false, resolv_conf);
+        let container = self.admit(id, path.to_owned(), init.clone(), hooks, false);
         tokio::task::spawn_local(self.clone().follow(container.clone(), init, relays));
         Ok(container)
     }
@@ -189,7 +186,6 @@ impl Pod {
         init: Rc<Process>,
         hooks: Hooks,
         is_pause: bool,
-        resolv_conf: Option<ResolvConf>,
     ) -> Rc<Container> {
         init.pid.set(self.pid());
         let container = Rc::new(Container {
@@ -199,7 +195,6 @@ impl Pod {
             execs: RefCell::default(),
             paused: Cell::new(false),
             is_pause,
-            resolv_conf,
             hooks,
         });
         self.containers.borrow_mut().insert(id.into(), container.clone());
@@ -236,7 +231,7 @@ impl Pod {
         if list.is_empty() {
             return Ok(());
         }
-        let state = hook_state(id, bundle, self.pid(), status);
+        let state = hook_state(id, bundle, status);
         Ok(self.vm()?.run_hooks(kind, list, state).await?)
     }
 
@@ -260,7 +255,7 @@ impl Pod {
         }
         if !container.is_pause {
             let vm = self.vm()?;
-            vm.set_resolver(container.resolv_conf.as_ref()).await?;
+            self.catch_up_network().await?;
             if let Err(e) = vm.agent.start(id).await {
                 return Err(self.explain("start the container", e).await);
             }
@@ -533,7 +528,7 @@ impl Pod {
         self.unshare(&container.id).await;
         rootfs::unmount_all(&container.bundle.join(ROOTFS));
         if let Some(list) = hooks.as_ref().filter(|list| !list.is_empty()) {
-            let state = hook_state(&container.id, &container.bundle, self.pid(), "stopped");
+            let state = hook_state(&container.id, &container.bundle, "stopped");
             // The runtime specification: logged, and the rest goes on.
             if let Err(e) = self.run_last_hooks(list, state).await {
                 tracing::warn!(container = container.id, "{e}");
@@ -542,8 +537,9 @@ impl Pod {
     }
 }
 
-/// A container's state as the runtime specification has it, for hooks.
-fn hook_state(id: &str, bundle: &Path, pid: u32, status: &str) -> Vec<u8> {
+/// A container's state as the runtime specification has it, for hooks. The process in it is this one, since it is in the
+/// container's network namespace, which the VMM is not, and a hook may look for that.
+fn hook_state(id: &str, bundle: &Path, status: &str) -> Vec<u8> {
     let spec = bundle::read_spec(bundle).ok();
     let annotations = spec.as_ref().and_then(|spec| spec.annotations().clone()).unwrap_or_default();
     let version = spec.as_ref().map_or("1.0.2", |spec| spec.version().as_str());
@@ -551,7 +547,7 @@ fn hook_state(id: &str, bundle: &Path, pid: u32, status: &str) -> Vec<u8> {
         "ociVersion": version,
         "id": id,
         "status": status,
-        "pid": pid,
+        "pid": std::process::id(),
         "bundle": bundle,
         "annotations": annotations,
     })
