@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::new_without_default, reason = "a test may fail by panicking")]
 
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -240,6 +241,9 @@ impl TestDriver {
     /// The next used chain, if there is one: its head, and the bytes written.
     pub fn used(&mut self, queue: usize) -> Option<(u16, u32)> {
         let q = &mut self.queues[queue];
+        // What was asked for, in used_event, comes before what is read: the device writes the index and then looks what
+        // was asked for.
+        fence(Ordering::SeqCst);
         let idx: u16 = self.memory.read_obj(GuestAddress(q.used + 2)).unwrap();
         if idx == q.used_idx {
             return None;
