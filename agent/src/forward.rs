@@ -1,7 +1,8 @@
 //! Connections that the host forwards to ports of the guest.
 //!
-//! Each is a vsock connection of its own. The host says in a line what was dialled; the agent dials that here, says [`DIALLED`] if somebody listens there and closes the connection if not, and from then on what
-//! comes from either side goes to the other.
+//! Each is a vsock connection of its own. The host says in a line what was dialled; the agent dials that here, says
+//! [`DIALLED`] if somebody listens there and closes the connection if not, and from then on what comes from either side
+//! goes to the other.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddrV4};

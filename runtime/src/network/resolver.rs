@@ -23,7 +23,7 @@ use tokio::time::timeout;
 
 /// Questions at once; further ones wait in the stream.
 const QUESTIONS_MAX: usize = 64;
-/// How long an answer may take; Docker itself waits for others no longer than this.
+/// How long an answer may take: more than a resolver waits for one by default (resolv.conf(5): 5 s, twice).
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 /// More than a `resolv.conf` has.
 const FILE_MAX: u64 = 64 * 1024;

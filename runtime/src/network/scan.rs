@@ -1,8 +1,8 @@
 //! What a network namespace holds, and what of it the guest is told.
 //!
-//! Whatever is found and cannot be made the same in the guest is left out, with an error that names it. Left alone are the loopback
-//! interface, of which the guest has its own, ports of a bridge or bond, whose traffic goes through that, and the
-//! tunnels that kernel modules put into every namespace, as long as nobody uses them.
+//! Whatever is found and cannot be made the same in the guest is left out, with an error that names it. Left alone are
+//! the loopback interface, of which the guest has its own, ports of a bridge or bond, whose traffic goes through that,
+//! and the tunnels that kernel modules put into every namespace, as long as nobody uses them.
 
 use std::collections::HashMap;
 use std::net::IpAddr;

@@ -210,7 +210,9 @@ impl Pod {
         };
         tokio::select! {
             biased;
-            error = vm.watch(|record| save_network(machine, record)) => self.has_ended(&error_line(&error), error.console()),
+            error = vm.watch(|record| save_network(machine, record)) => {
+                self.has_ended(&error_line(&error), error.console());
+            }
             () = async { tokio::join!(up, vm.read_console()); } => {}
         }
     }

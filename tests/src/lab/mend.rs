@@ -5,8 +5,8 @@
 //! there. But when QEMU leaves its inner loop before that, because another of its threads kicks the CPU or, on the
 //! virtual clock, a time slice ends, it finds the vector and delivers it once more, whether or not the guest has
 //! interrupts enabled. Then Linux runs its timer interrupt inside its timer interrupt, and waits for ever for a
-//! lock that it holds itself: the vCPU is busy, and nothing else is. Seen in one of some ten VM starts on the
-//! virtual clock and in one of some two thousand on the other, mostly where the build machine had much to do.
+//! lock that it holds itself: the vCPU is busy, and nothing else is. Seen in one of ten to thirty VM starts on
+//! the virtual clock and in one of some two thousand on the other, mostly where the build machine had much to do.
 //!
 //! Nothing needs that store, since the interrupt is delivered by a call. So it becomes a `nop`, in the memory of
 //! the process and long before its first VMRUN; the file stays as it is. It is found in Debian's QEMU 7.2, 10.0 and
