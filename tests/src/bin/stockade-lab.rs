@@ -18,6 +18,7 @@ stockade-lab kvm                         tell whether this machine has usable KV
   --out DIR            put what the command leaves in /out there
   --env NAME=VALUE     set a variable for the command
   --console FILE       keep the host's console
+  --systemd            systemd runs the host
   --append WORDS       more words for the host's kernel command line
   -i                   standard input goes to the command
   -t                   with -i: on a terminal of its own";
@@ -62,6 +63,7 @@ fn parse_and_run() -> Result<i32, String> {
             "--out" => lab.out = Some(value()?.into()),
             "--env" => lab.env.push(pair(value()?)?),
             "--console" => lab.console_log = Some(value()?.into()),
+            "--systemd" => lab.systemd = true,
             "--append" => lab.kernel_arguments = value()?,
             "-i" => lab.input = true,
             "-t" => (lab.input, lab.terminal) = (true, true),

@@ -1,4 +1,5 @@
-//! PID 1 of the lab's host: the same executable that started the lab, run by the kernel as `/init`.
+//! PID 1 of the lab's host: the same executable that started the lab, run by the kernel as `/init`. (Or a service of the
+//! systemd that it became: see [`super::systemd`].)
 //!
 //! It loads the modules that the initrd brings, mounts the host's root file system and what a host has on
 //! it, tells the build machine that it is up, runs the one command it is sent, and sends back the exit code
@@ -6,7 +7,7 @@
 //! and ends the machine.
 
 use super::link::{self, Kind, Reader, Start};
-use super::static_keys;
+use super::{static_keys, systemd};
 use nix::mount::{MsFlags, mount};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -29,7 +30,7 @@ const PATH: &str = "/payload/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/b
 /// Error of a step: what could not be done, and why.
 type Step<T> = Result<T, String>;
 
-trait Context<T> {
+pub(super) trait Context<T> {
     fn or_say(self, what: impl std::fmt::Display) -> Step<T>;
 }
 
@@ -51,15 +52,22 @@ impl Link {
     }
 }
 
-/// Whether this process is the lab's init: the kernel started it from the initrd.
+/// Whether this process is the lab's init: the kernel started it from the initrd, or systemd a copy.
 pub(super) fn is_init() -> bool {
-    std::process::id() == 1 && std::env::args_os().next().is_some_and(|name| name == "/init")
+    let named = std::env::args_os().next().is_some_and(|name| name == "/init");
+    named && (std::process::id() == 1 || systemd::is_unit())
 }
 
 /// The life of the lab's host.
 pub(super) fn run() -> ! {
-    if let Err(why) = bring_up() {
-        fail(None, &why);
+    if !systemd::is_unit() {
+        if let Err(why) = bring_up() {
+            fail(None, &why);
+        }
+        if systemd::wanted() {
+            let Err(why) = systemd::hand_over();
+            fail(None, &why);
+        }
     }
     // On one CPU, as on the virtual clock, the trouble cannot be, and measurements shall see KVM as it is.
     let several = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);

@@ -41,6 +41,7 @@ mod payload;
 mod session;
 mod static_keys;
 pub(crate) mod steps;
+mod systemd;
 mod terminal;
 
 pub use image::{Image, ensure as ensure_image};

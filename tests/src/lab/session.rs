@@ -9,7 +9,7 @@ use super::machine::{Clock, Hardware, Machine};
 use super::payload::Payload;
 use super::steps::last_lines;
 use super::terminal::Terminal;
-use super::{LabError, image, initrd, io_error};
+use super::{LabError, image, initrd, io_error, systemd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -77,6 +77,8 @@ pub struct Lab {
     pub input: bool,
     /// Whether the command gets a terminal of its own, wired to this process's.
     pub terminal: bool,
+    /// Whether systemd runs the host, and the command is a service of its.
+    pub systemd: bool,
     /// More words for the host kernel's command line.
     pub kernel_arguments: String,
 }
@@ -95,6 +97,7 @@ impl Default for Lab {
             console_log: None,
             input: false,
             terminal: false,
+            systemd: false,
             kernel_arguments: String::new(),
         }
     }
@@ -114,6 +117,7 @@ impl Lab {
         std::fs::create_dir(&tree).map_err(io_error("make a temporary folder"))?;
         self.payload.write_image(&payload, &tree)?;
 
+        let systemd = if self.systemd { systemd::WANTED } else { "" };
         let started = Instant::now();
         let machine = Machine::start(&Hardware {
             clock: self.clock,
@@ -123,7 +127,7 @@ impl Lab {
             initrd: &initrd,
             root: &image.root(),
             payload: Some(&payload),
-            kernel_arguments: &format!("{KERNEL_ARGUMENTS} {}", self.kernel_arguments),
+            kernel_arguments: &format!("{KERNEL_ARGUMENTS} {systemd} {}", self.kernel_arguments),
         })?;
         let log = match &self.console_log {
             Some(path) => Some(File::create(path).map_err(io_error("write the console's log"))?),
