@@ -1,7 +1,7 @@
 //! Test suites of others, run against stockade and, to compare, against runc and crun: runc's own, and Podman's.
 //!
 //! They are those of Debian's source packages; none of them is kept here, only lists of the cases that cannot apply
-//! and why (`tests/conformance`). Each runtime has a life of the lab for itself.
+//! and why (`tests/conformance`). Each runtime has a life of the lab for itself, with a host that systemd runs.
 
 mod list;
 mod podman;
@@ -105,7 +105,7 @@ pub fn compare(plan: &Plan) -> Result<bool, String> {
 }
 
 fn run_in_lab(plan: &Plan, runtime: &str, source: &Path, said: &Path) -> Result<(), String> {
-    let mut lab = Lab { limit: plan.suite.limit, stdout: Some(said.into()), ..Lab::default() };
+    let mut lab = Lab { limit: plan.suite.limit, stdout: Some(said.into()), systemd: true, ..Lab::default() };
     if plan.stage.is_dir() {
         lab.payload.add(&plan.stage, "");
     }

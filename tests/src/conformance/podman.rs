@@ -78,7 +78,6 @@ fn lay_out(runtime: &Path) -> Result<LaidOut, String> {
         fs::write(path, text).or_say(path.display())?;
     }
     sh(&format!("chmod 755 {WORK}/bin/podman {WORK}/image/p*"))?;
-    start_syslog()?;
     start_registry(place)?;
     make_images()?;
     let path = format!("{WORK}/bin:{}", std::env::var("PATH").or_say("read PATH")?);
@@ -108,13 +107,6 @@ fn registry() -> String {
         "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: \"{REGISTRY}\"}}\n\
          storage: {{filesystem: {{rootdirectory: {WORK}/registry}}}}\n"
     )
-}
-
-/// The names' server of Podman's networks complains in the output of `podman run` where nothing hears what it logs.
-fn start_syslog() -> Result<(), String> {
-    let listening = std::os::unix::net::UnixDatagram::bind("/dev/log").or_say("listen on /dev/log")?;
-    std::thread::spawn(move || while listening.recv(&mut [0; 64]).is_ok() {});
-    Ok(())
 }
 
 fn start_registry(place: &Path) -> Result<(), String> {
