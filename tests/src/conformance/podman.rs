@@ -31,13 +31,15 @@ pub const SUITE: Suite = Suite {
 /// What one call of podman may take, in seconds; 120 where nothing is emulated.
 const CALL_LIMIT: &str = "400";
 /// Ten times as much for what cases bound themselves, as edits by sed(1).
-const MORE_TIME: [&str; 7] = [
+const MORE_TIME: [&str; 9] = [
     "s/timeout 10 socat/timeout 100 socat/",
     "s/--kill=10 60 /--kill=10 600 /",
     r#"s/(delta_t"? -le [0-9]+)/\10/"#,
     r#"s/"\[3456\]" "delta t/"[0-9]\\+" "delta t/"#,
     r"s/(PODMAN_TIMEOUT=[0-9]+) run/\10 run/",
     r"s/^(RUN sleep 30)$/\10/",
+    "s/--max-time 3 /--max-time 30 /",
+    "s/sleep 10;echo d;/sleep 100;echo d;/",
     r"s/(local _?timeout=(\$\{[0-9]:-)?[0-9]+)/\10/",
 ];
 /// Where the registry listens: below the ports that cases take for themselves.
@@ -47,7 +49,7 @@ const REGISTRY_LIMIT: Duration = Duration::from_secs(60);
 /// The image that nearly all cases use, and the one that must not be there before a case pulls it, with their tags.
 const IMAGE: &str = "quay.io/libpod/testimage";
 const TAGS: [&str; 2] = ["20220615", "00000004"];
-/// Further names for it.
+/// Further names for the other, which updates find to be new.
 const ALIASES: [&str; 2] = ["quay.io/libpod/alpine:latest", "quay.io/libpod/busybox:latest"];
 
 /// What networks and images need of the host's kernel.
@@ -191,6 +193,30 @@ touch --date=@1600000000 home/podman/testimage-id
 tar -cf ../root.tar *
 "#;
 
+/// Further images: a registry of Debian's program, and one in which nothing can run.
+const OWN: [&str; 2] = ["quay.io/libpod/registry:2.8", "quay.io/libpod/autoupdatebroken:latest"];
+/// Makes them.
+const OWN_IMAGES: &str = r#"
+mkdir -p own/tmp own/etc
+cp --parents -L $(ldd /usr/bin/docker-registry | grep -o '/[^ ]*') /usr/bin/docker-registry own
+cat >own/etc/registry.yml <<END
+version: 0.1
+http: {addr: ":5000"}
+storage: {filesystem: {rootdirectory: /var/lib/registry}}
+END
+podman build --quiet -t quay.io/libpod/registry:2.8 -f - own >/dev/null <<END
+FROM scratch
+COPY . /
+VOLUME /var/lib/registry
+ENTRYPOINT ["/usr/bin/docker-registry"]
+CMD ["serve", "/etc/registry.yml"]
+END
+podman build --quiet -t quay.io/libpod/autoupdatebroken -f - own >/dev/null <<END
+FROM scratch
+LABEL broken=yes
+END
+"#;
+
 /// Makes the images and pushes them under their names.
 fn make_images() -> Result<(), String> {
     let [tag, other] = TAGS;
@@ -203,9 +229,11 @@ fn make_images() -> Result<(), String> {
     // Another image, and it only has to be one.
     build(other, "2021-01-01T00:00:00Z")?;
     for name in ALIASES {
-        sh(&format!("podman tag {IMAGE}:{tag} {name}"))?;
+        sh(&format!("podman tag {IMAGE}:{other} {name}"))?;
     }
+    sh(&format!("set -e; cd {WORK}/image; {OWN_IMAGES}"))?;
     let names = TAGS.map(|tag| format!("{IMAGE}:{tag}")).into_iter().chain(ALIASES.map(String::from));
+    let names = names.chain(OWN.map(String::from));
     for name in names {
         let place = name.replacen("quay.io", REGISTRY, 1);
         sh(&format!("podman push --quiet --tls-verify=false {name} docker://{place}"))?;
