@@ -12,7 +12,7 @@ const USAGE: &str = "\
 stockade-conformance [--suite NAME] [--runtime NAME] [--filter REGEX] [--stage DIR] [--out DIR] [--report]
     [FILE.bats...]
 
-  --suite NAME    whose: runc (the default) or podman
+  --suite NAME    whose: runc (the default), runc-systemd (its, with cgroups of systemd's), podman
   --runtime NAME  only this one of stockade, runc and crun; more than once: only these
   --filter REGEX  only cases whose name matches
   --stage DIR     bin/stockade and lib/stockade to test (default $STOCKADE_STAGE, <target directory>/stage)

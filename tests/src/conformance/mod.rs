@@ -188,11 +188,8 @@ fn run_file(plan: &Plan, suite: &LaidOut, name: &str, program: &Path) -> Result<
             command.args(["--filter", &tap::pattern(&run)]);
         }
     }
-    command.arg(&file).envs(suite.environment.iter().cloned());
-    // runc's suite distinguishes these.
-    for name in ["RUNC_USE_SYSTEMD", "ROOTLESS_FEATURES"] {
-        command.env_remove(name);
-    }
+    // The lab's environment has nothing that a suite distinguishes.
+    command.arg(&file).envs(suite.environment.iter().cloned()).envs(plan.suite.environment.iter().copied());
     let runtime = program.file_name().unwrap_or_default().to_string_lossy();
     let waits_for = plan.suite.waits_for.unwrap_or(&runtime);
     let _terminal = on_a_terminal(&mut command).or_say("give bats a terminal")?;

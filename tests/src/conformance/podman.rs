@@ -25,6 +25,7 @@ pub const SUITE: Suite = Suite {
     // Cases of cp make twenty containers one after another. One call of podman may take $PODMAN_TIMEOUT below.
     stalled: Duration::from_secs(1800),
     limit: Duration::from_secs(8 * 3600),
+    environment: &[],
     lay_out,
 };
 

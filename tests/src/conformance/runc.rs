@@ -25,8 +25,16 @@ pub const SUITE: Suite = Suite {
     stalled: Duration::from_secs(150),
     // On two cores stockade needs a third of it.
     limit: Duration::from_secs(3 * 3600),
+    environment: &[],
     lay_out,
 };
+
+/// The same, but systemd makes the cgroups.
+pub const WITH_SYSTEMD: Suite =
+    Suite { name: "runc-systemd", environment: &[("RUNC_USE_SYSTEMD", "yes")], ..SUITE };
+
+/// What starts and stops a slice for its cases.
+const SD_HELPER: &str = "#!/bin/sh\n# --parent SLICE start|stop NAME\nexec systemctl \"$3\" \"$4\"\n";
 
 /// Puts the suite where it can write, with its root file systems, its receiver of terminals, and a C compiler on PATH.
 fn lay_out(runtime: &Path) -> Result<LaidOut, String> {
@@ -43,6 +51,10 @@ fn lay_out(runtime: &Path) -> Result<LaidOut, String> {
         format!("#!/bin/sh\necho BUSYBOX_IMAGE={WORK}/busybox.tar\necho DEBIAN_IMAGE={WORK}/debian.tar\n");
     fs::write(folder.join("get-images.sh"), images).or_say("write the images' places")?;
     sh(&format!("mkdir -p {0} && ln -s {1} {0}/{2}", tools.display(), exe.display(), recvtty::NAME))?;
+    let helper = Path::new(WORK).join("contrib/cmd/sd-helper");
+    fs::create_dir_all(&helper).or_say(helper.display())?;
+    fs::write(helper.join("sd-helper"), SD_HELPER).or_say("write the slices' helper")?;
+    sh(&format!("chmod 755 {}/sd-helper", helper.display()))?;
     // Cases ask for block devices, and look for what cgroups can do in one that is not the root.
     sh("modprobe -a loop bfq; mkdir /sys/fs/cgroup/conformance")?;
     cover_usr()?;

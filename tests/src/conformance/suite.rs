@@ -21,6 +21,8 @@ pub struct Suite {
     pub stalled: Duration,
     /// Limit for one runtime's life of the lab.
     pub limit: Duration,
+    /// What its cases find in their environment, whatever the runtime.
+    pub environment: &'static [(&'static str, &'static str)],
     /// In the lab: lays everything out for this runtime.
     pub lay_out: fn(&Path) -> Result<LaidOut, String>,
 }
@@ -29,12 +31,12 @@ pub struct Suite {
 pub struct LaidOut {
     /// Where its files are.
     pub folder: PathBuf,
-    /// What its cases find in their environment.
+    /// What its cases find in their environment besides.
     pub environment: Vec<(&'static str, PathBuf)>,
 }
 
-/// Both.
-pub const SUITES: [&Suite; 2] = [&runc::SUITE, &podman::SUITE];
+/// All.
+pub const SUITES: [&Suite; 3] = [&runc::SUITE, &runc::WITH_SYSTEMD, &podman::SUITE];
 
 impl Suite {
     /// By its name.
