@@ -179,9 +179,13 @@ impl Containers {
             bundle: bundle.clone(),
         });
         let mounts = adapted.spec.mounts().iter().flatten();
-        let of_the_host =
-            mounts.filter(|mount| is_of_the_host(mount)).map(|m| m.destination().clone()).collect();
+        let (of_the_host, mut sources): (_, Vec<_>) = mounts
+            .filter(|mount| is_of_the_host(mount))
+            .map(|mount| (mount.destination().clone(), mount.source().clone().unwrap_or_default()))
+            .unzip();
+        sources.extend(adapted.spec.root().as_ref().map(|root| root.path().clone()));
         let mut helper = Helper::fork(&self.reaper, move |reporter| {
+            mounts::enter(&sources);
             let workload = Workload::new(reporter, facts.wants_home, seccomp, start_hooks, of_the_host);
             let mut builder = match builder(&name, workload, child) {
                 Ok(builder) => builder,

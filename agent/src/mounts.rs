@@ -155,6 +155,15 @@ fn bind_sysfs(mount: &mut Mount) {
     mount.options_mut().get_or_insert_default().push("rbind".into());
 }
 
+/// Enters directories of the share, so that the kernel mounts those that are file systems of their own here and not in
+/// the mount namespace of each container that has them: one of its own would know no sockets and locks of the others'.
+pub fn enter(sources: &[PathBuf]) {
+    for source in sources {
+        // A file has nothing to be entered, and what is missing is told by who mounts it.
+        let _ = std::fs::metadata(source.join("."));
+    }
+}
+
 /// Does what is left, in the mount namespace of a container's init. To be called in a process that ends with it.
 /// `rootfs` is the container's root file system as the agent sees it.
 pub fn finish(init: Pid, rootfs: &Path, all: &[Finish]) -> Result<(), Error> {

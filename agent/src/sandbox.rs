@@ -108,10 +108,8 @@ pub fn forget(paths: &[String]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Writes back what is dirty in the share. Everything else in the guest lives and dies with its memory.
-pub fn write_back() -> Result<(), Error> {
-    match File::open(SHARE_MOUNT_POINT) {
-        Ok(share) => nix::unistd::syncfs(&share).map_err(|e| Error::os("writing back the share", e)),
-        Err(_) => Ok(()),
-    }
+/// Writes back what is dirty in the share, each of whose mounts is a file system of its own. Everything else in the guest
+/// lives and dies with its memory.
+pub fn write_back() {
+    nix::unistd::sync();
 }

@@ -202,7 +202,11 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.to_the_end(|containers| async move {
             containers.delete(&request.container_id, request.force).await?;
-            containers.aside(sandbox::write_back).await
+            let write_back = || {
+                sandbox::write_back();
+                Ok(())
+            };
+            containers.aside(write_back).await
         })
         .await?;
         Ok(Empty::default())
@@ -313,7 +317,7 @@ impl Agent for Service {
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         self.containers()?;
-        sandbox::write_back()?;
+        sandbox::write_back();
         if !request.sync_only {
             tokio::spawn(async {
                 tokio::time::sleep(LAST_ANSWER).await;

@@ -205,7 +205,7 @@ fn drivers_taken_from_their_devices_and_given_back_during_traffic() {
 fn directories_that_hold_the_shared_files_are_the_supervisors() {
     let dir = host_scratch();
     fs::write(dir.path().join("file"), "text").unwrap();
-    let script = "mkdir /tmp/s && mount -t virtiofs share /tmp/s || exit 1; cd /tmp/s/* || exit 1; ls; \
+    let script = "cd /proc/1/root/run/stockade/share/* || exit 1; ls; \
                   for try in 'touch made' 'ln -s /etc link' 'mv mounts other' 'mv rootfs other' 'rmdir mounts/0' \
                              'mkdir ../other' 'ln -s /etc ../link' 'mv ../* ../moved' 'chmod 777 .' 'mknod pipe p'; do \
                     $try 2> /dev/null && echo \"done: $try\"; done; \
@@ -221,13 +221,13 @@ fn read_only_files_are_read_only_on_the_host_too() {
     let dir = host_scratch();
     fs::write(dir.path().join("file"), "text").unwrap();
     let script = "for mount in / /v; do mount -o remount,rw $mount; mount -o remount,bind,rw $mount; done 2> /dev/null; \
-                  mkdir /tmp/s; mount -t virtiofs share /tmp/s 2> /dev/null; \
-                  for place in / /v /tmp/s /tmp/s/* /tmp/s/*/*; do touch $place/made 2> /dev/null && echo made $place; done; \
+                  mkdir /tmp/s; mount -t virtiofs share /tmp/s 2> /dev/null; s=/proc/1/root/run/stockade/share; ls $s/*; \
+                  for place in / /v /tmp/s $s $s/* $s/*/*; do touch $place/made 2> /dev/null && echo made $place; done; \
                   echo x 2> /dev/null > /v/file && echo written; chmod 777 /v/file 2> /dev/null && echo changed; \
                   rm -f /v/file 2> /dev/null && echo removed; echo done";
     let bundle = privileged(Bundle::sh(script)).bind(dir.path(), "/v", &["ro"]);
     let ended = Runtime::under_test().run(&bundle).code(0);
-    assert_eq!(ended.text(), "done\n", "{ended:?}");
+    assert_eq!(ended.text(), "mounts\nrootfs\ndone\n", "{ended:?}");
     assert_eq!(fs::read_to_string(dir.path().join("file")).unwrap(), "text");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }

@@ -18,6 +18,8 @@ pub const CASES: &[Case] = &[
     case!(bind_mounted_file_is_the_hosts_file),
     case!(bind_mounted_file_is_as_the_host_has_it_when_the_workload_starts),
     case!(mounts_below_a_bind_source_come_along),
+    case!(files_of_the_same_number_on_two_file_systems_are_two),
+    case!(what_was_written_through_a_mapping_is_on_the_host_at_the_end),
     case!(host_files_behave_like_a_file_system),
     case!(directory_with_a_thousand_files_is_listed_whole),
     case!(unix_socket_on_a_volume_connects),
@@ -196,6 +198,54 @@ fn mounts_below_a_bind_source_come_along() {
     nix::mount::umount(&inner).unwrap();
     assert_eq!(ended.ok(), "below\n");
     assert_eq!(back.unwrap(), "back\n");
+}
+
+/// diff(1), cp(1), tar(1) and find(1) tell files apart, and the ends of a file system, by device and number.
+fn files_of_the_same_number_on_two_file_systems_are_two() {
+    let source = host_scratch();
+    let places = ["one", "two", "one/below"].map(|name| source.path().join(name));
+    for place in &places {
+        fs::create_dir(place).unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("tmpfs"), place, Some("tmpfs"), flags, None::<&str>).unwrap();
+        fs::write(place.join("file"), place.as_os_str().as_encoded_bytes()).unwrap();
+    }
+    let numbers = places.each_ref().map(|place| fs::metadata(place.join("file")).unwrap().ino());
+    let script = "
+        stat -c %d:%i /one/file /two/file /one/below/file /file1 /file2 | sort | uniq | wc -l
+        stat -c %d / /one /two /one/below | sort | uniq | wc -l
+        stat -c %d /one /one/file | uniq | wc -l
+        cmp -s /one/file /two/file || echo differ; cp /one/file /two/new && cat /two/new && echo
+        find /one -xdev -name file; du -xs /one | wc -l
+        ls -i /one/file /file1 | sort > /tmp/a; sleep 1.1; ls -i /one/file /file1 | sort | cmp - /tmp/a && echo stay";
+    let bundle = Bundle::debian(script)
+        .writable()
+        .bind(&places[0], "/one", &[])
+        .bind(&places[1], "/two", &[])
+        .bind(places[1].join("file"), "/file1", &[])
+        .bind(places[2].join("file"), "/file2", &[]);
+    let ended = Runtime::under_test().run(&bundle);
+    for place in places.iter().rev() {
+        nix::mount::umount(place).unwrap();
+    }
+    assert!(numbers.iter().all(|number| *number == numbers[0]), "{numbers:?}");
+    let text = ended.ok();
+    // Under runc, file1 and file2 are the other two's, which a file that is mounted for itself is not in a VM.
+    let files = if Runtime::under_test().is_stockade() { "5" } else { "3" };
+    let one = places[0].display().to_string();
+    assert_eq!(text.lines().collect::<Vec<_>>(), [files, "4", "1", "differ", &one, "/one/file", "1", "stay"]);
+}
+
+/// Such a write is not written through: the guest's kernel has it until it is told to let go.
+fn what_was_written_through_a_mapping_is_on_the_host_at_the_end() {
+    let source = host_scratch();
+    fs::write(source.path().join("file"), "old text").unwrap();
+    // mmap(2) of the file, shared, and read(2) into it: perl alone cannot write to an address.
+    let script = r#"perl -e 'open F, "+<", "/mnt/file"; open G, "<", "/mnt/new"; $at = syscall 9, 0, 4096, 3, 1, fileno F, 0; print syscall(0, fileno G, $at, 3), "\n"'"#;
+    fs::write(source.path().join("new"), "new").unwrap();
+    let bundle = Bundle::debian(script).bind(source.path(), "/mnt", &[]);
+    assert_eq!(Runtime::under_test().run(&bundle).ok(), "3\n");
+    assert_eq!(fs::read_to_string(source.path().join("file")).unwrap(), "new text");
 }
 
 fn host_files_behave_like_a_file_system() {

@@ -8,6 +8,8 @@
 //! inodes are opened with `O_PATH|O_NOFOLLOW` component by component, and only directories and regular files
 //! are ever opened for more.
 //!
+//! Each file system of the host in the directory is one of its own in the guest ([`Nodes::learn`]).
+//!
 //! Caching: data is written through, at once. What the guest has cached of names, attributes and data is
 //! taken as valid for [`VALID_FOR`]; then it is asked for again, and data is dropped if size or modification
 //! time differ. So a change on the host shows in the guest within that time, as with NFS.
@@ -25,7 +27,7 @@ use super::limits::Limits;
 use super::link::{Known, link};
 use super::nodes::Nodes;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, ROOT_ID, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     SetattrValid, ZeroCopyReader, ZeroCopyWriter,
@@ -95,9 +97,9 @@ impl Share {
         self.nodes.len()
     }
 
-    /// Counts an entry that the guest gets to know, or takes it back if it knows too many.
-    fn known(&self, ctx: &Context, entry: Entry) -> io::Result<Entry> {
-        if self.nodes.learn(entry.inode) {
+    /// Counts an entry of `parent` that the guest gets to know, or takes it back if it knows too many.
+    fn known(&self, ctx: &Context, parent: Inode, mut entry: Entry) -> io::Result<Entry> {
+        if self.nodes.learn(parent, &mut entry) {
             Ok(entry)
         } else {
             self.inner.forget(ctx, entry.inode, 1);
@@ -200,8 +202,11 @@ impl FileSystem for Share {
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::CACHE_SYMLINKS
+            | FsOptions::SUBMOUNTS
             | FsOptions::INIT_EXT;
-        Ok((self.inner.init(capable)? | ours) & capable)
+        let options = (self.inner.init(capable)? | ours) & capable;
+        self.nodes.set_root(&self.inner.getattr(&Context::new(), ROOT_ID, None)?.0);
+        Ok(options)
     }
 
     fn destroy(&self) {
@@ -212,7 +217,7 @@ impl FileSystem for Share {
 
     fn lookup(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
-        self.known(ctx, self.inner.lookup(ctx, parent, name)?)
+        self.known(ctx, parent, self.inner.lookup(ctx, parent, name)?)
     }
 
     fn forget(&self, ctx: &Context, inode: Inode, count: u64) {
@@ -228,7 +233,8 @@ impl FileSystem for Share {
     }
 
     fn getattr(&self, ctx: &Context, inode: Inode, handle: Option<Handle>) -> io::Result<(stat64, Duration)> {
-        self.inner.getattr(ctx, inode, handle)
+        let (attributes, valid_for) = self.inner.getattr(ctx, inode, handle)?;
+        Ok((self.nodes.shown(inode, attributes), valid_for))
     }
 
     fn setattr(
@@ -239,7 +245,8 @@ impl FileSystem for Share {
         handle: Option<Handle>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        self.inner.setattr(ctx, inode, attr, handle, valid)
+        let (attributes, valid_for) = self.inner.setattr(ctx, inode, attr, handle, valid)?;
+        Ok((self.nodes.shown(inode, attributes), valid_for))
     }
 
     fn readlink(&self, ctx: &Context, inode: Inode) -> io::Result<Vec<u8>> {
@@ -249,7 +256,7 @@ impl FileSystem for Share {
     fn symlink(&self, ctx: &Context, target: &CStr, parent: Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
         self.may_know_more()?;
-        self.known(ctx, self.inner.symlink(ctx, target, parent, name)?)
+        self.known(ctx, parent, self.inner.symlink(ctx, target, parent, name)?)
     }
 
     fn mknod(
@@ -269,13 +276,13 @@ impl FileSystem for Share {
             _ => return fail(libc::EPERM),
         }
         self.may_know_more()?;
-        self.known(ctx, self.inner.mknod(ctx, parent, name, mode, rdev, umask)?)
+        self.known(ctx, parent, self.inner.mknod(ctx, parent, name, mode, rdev, umask)?)
     }
 
     fn mkdir(&self, ctx: &Context, parent: Inode, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
         check_name(name)?;
         self.may_know_more()?;
-        self.known(ctx, self.inner.mkdir(ctx, parent, name, mode, umask)?)
+        self.known(ctx, parent, self.inner.mkdir(ctx, parent, name, mode, umask)?)
     }
 
     fn unlink(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<()> {
@@ -314,7 +321,7 @@ impl FileSystem for Share {
             io::Result::Ok(Known { path, attributes: self.inner.getattr(ctx, inode, None)?.0 })
         };
         link(&known(inode)?, &known(parent)?, name)?;
-        self.known(ctx, self.inner.lookup(ctx, parent, name)?)
+        self.known(ctx, parent, self.inner.lookup(ctx, parent, name)?)
     }
 
     fn open(
@@ -347,7 +354,7 @@ impl FileSystem for Share {
         let flags = args.flags;
         let (entry, handle, options, backing) = self.inner.create(ctx, parent, name, args)?;
         self.opened(handle, Opened::File(flags));
-        Ok((self.known(ctx, entry)?, handle, options, backing))
+        Ok((self.known(ctx, parent, entry)?, handle, options, backing))
     }
 
     fn read(
@@ -482,9 +489,9 @@ impl FileSystem for Share {
         let Some(offset) = add_dots(offset, &mut |dot| add_entry(dot, Entry::default()))? else {
             return Ok(());
         };
-        let mut add = |name: DirEntry, entry: Entry| {
+        let mut add = |name: DirEntry, mut entry: Entry| {
             let node = entry.inode;
-            if self.nodes.learn(node) {
+            if self.nodes.learn(inode, &mut entry) {
                 let added = add_entry(name, entry);
                 if !matches!(added, Ok(n) if n > 0) {
                     self.nodes.forget(node, 1);
