@@ -106,7 +106,7 @@ fn tasks_outlive_a_killed_containerd() {
     for id in ["stays", "ends"] {
         containerd.start_run(&["--detach"], id, IDLE).exit();
     }
-    let ends = containerd.pid("ends");
+    let ends = containerd.vmm("ends");
     containerd.ctr(&["task", "kill", "ends"]).code(0);
     containerd.kill_and_restart();
     wait_gone(ends);
@@ -125,18 +125,15 @@ fn tasks_outlive_a_killed_containerd() {
 fn killed_vmm_or_shim_is_no_success_and_leaves_nothing() {
     let containerd = Containerd::start();
     let before = Traces::now();
-    let vmm_of = |id: &str| containerd.pid(id);
     let mut run = containerd.start_run(&["--rm"], "a", IDLE);
     run.expect_line("up");
-    kill(Pid::from_raw(vmm_of("a")), Signal::SIGKILL).unwrap();
+    kill(Pid::from_raw(containerd.vmm("a")), Signal::SIGKILL).unwrap();
     let ended = run.finish();
     assert!(ended.exit != Exit::Code(0), "{ended:?}");
 
     containerd.start_run(&["--detach"], "b", IDLE).exit();
-    let vmm = vmm_of("b");
-    let stat = std::fs::read_to_string(format!("/proc/{vmm}/stat")).unwrap();
-    let shim = stat.rsplit_once(") ").unwrap().1.split(' ').nth(1).unwrap().parse().unwrap();
-    kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
+    let vmm = containerd.vmm("b");
+    kill(Pid::from_raw(containerd.pid("b")), Signal::SIGKILL).unwrap();
     wait_gone(vmm);
     // containerd notices the broken connection, has the shim's `delete` clear up, and knows the task no more.
     containerd.wait_status("b", "");

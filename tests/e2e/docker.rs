@@ -7,12 +7,14 @@ use serde_json::Value;
 use crate::harness::{Case, DOCKER_IMAGE, Docker, Exit, Program, Pty, Stdin, case, tool, wait_gone};
 
 const VM: &str = "the VM's boundary";
+const SHIM: &str = "containerd's shim";
 
 pub const CASES: &[Case] = &[
     case!(run_reports_output_exit_code_and_why_it_cannot).exclusive(),
     case!(a_container_of_the_default_bridge_serves_is_watched_and_stopped).exclusive(),
     case!(containers_of_a_network_find_each_other_by_name).exclusive(),
     case!(networks_are_connected_and_disconnected_while_a_container_runs).exclusive(),
+    case!(containers_of_the_shim_have_the_network_and_are_run_and_stopped).stockade_only(SHIM).exclusive(),
     case!(containers_are_restarted_as_their_policy_says).exclusive(),
     case!(top_names_processes_of_the_sandbox_only).stockade_only(VM).exclusive(),
     case!(what_a_vm_cannot_honour_is_refused_by_name).stockade_only(VM).exclusive(),
@@ -135,6 +137,36 @@ fn containers_of_a_network_find_each_other_by_name() {
     docker.docker(&["kill", "web"]).code(0);
     docker.docker(&["rm", "--force", "web"]).code(0);
     docker.docker(&["network", "rm", "own"]).code(0);
+}
+
+/// Docker lets containerd call the shim, and finds the network namespace by the number of the task (27) or of its hook's
+/// state (before).
+fn containers_of_the_shim_have_the_network_and_are_run_and_stopped() {
+    let docker = Docker::start();
+    let shim = ["--runtime", "io.containerd.stockade.v2"];
+    let version = docker.docker(&["version", "--format", "{{.Server.Version}}"]).ok();
+    let major: u32 = version.split('.').next().and_then(|n| n.parse().ok()).expect("a version");
+    if major < 23 {
+        // It knows no shims but runc's.
+        assert!(docker.run(&shim, "true").code(125).stderr.contains("Unknown runtime"));
+        return;
+    }
+    let ended = docker
+        .run(&shim, "ip -o -4 addr show eth0 | wc -l; grep -c ' / virtiofs ' /proc/mounts; exit 7")
+        .code(7);
+    assert_eq!(ended.text(), "1\n1\n");
+    let serve = format!("mkdir /www; echo served > /www/index.html; httpd -p 80 -h /www; {IDLE}");
+    docker.detached("web", &[&shim[..], &["--publish", "127.0.0.1:18084:80"]].concat(), &serve);
+    docker.wait_for_line("web", "up");
+    assert_eq!(tool("curl -sS --max-time 60 http://127.0.0.1:18084/"), "served\n");
+    let pid = docker.inspect("web", "/State/Pid");
+    let address = docker.inspect("web", "/NetworkSettings/IPAddress");
+    let seen = tool(&format!("nsenter --target {pid} --net ip -o -4 addr show eth0"));
+    assert!(seen.contains(address.as_str().unwrap()), "{seen}");
+    assert_eq!(docker.docker(&["exec", "web", "cat", "/www/index.html"]).ok(), "served\n");
+    docker.docker(&["stop", "web"]).code(0);
+    assert_eq!(docker.inspect("web", "/State/ExitCode"), 5);
+    docker.docker(&["rm", "web"]).code(0);
 }
 
 fn networks_are_connected_and_disconnected_while_a_container_runs() {

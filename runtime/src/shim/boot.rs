@@ -76,7 +76,7 @@ pub fn boot(plan: &Plan, spec: &Spec, pod: Option<&PodConfig>) -> Result<Booted,
     let systemd = cgroup::is_systemd_path(spec);
     let place = cgroup::place(spec, &limits, &plan.id, systemd)?;
     let cgroup = Membership::enter(place, &limits, size)?;
-    let network = Network::enter(spec, false)?;
+    let network = Network::enter(spec, true)?;
     let spawned = Sandbox::spawn(true, network, cgroup.as_ref(), Timeline::begin(plan.process_start_ns))?;
     let vmm = spawned.vmm_process()?;
     let root = super::state_root(&plan.namespace);

@@ -35,7 +35,7 @@ pub fn delete(flags: &Flags) -> Result<(), Error> {
             if let Ok(state) = dir.load() {
                 kill(Some(state.supervisor));
                 kill(state.vmm);
-                pid = state.vmm.map_or(0, |vmm| vmm.pid as u32);
+                pid = state.supervisor.pid as u32;
                 if let Some(record) = &state.network {
                     network::clean_up(record)?;
                 }

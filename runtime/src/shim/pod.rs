@@ -114,10 +114,10 @@ impl Pod {
         self.machine.get().is_some() || self.gone.borrow().is_some()
     }
 
-    /// A process of the host that stands for all in the guest: the VMM.
+    /// The process of the host that stands for all in the guest: this one. It is in the containers' network namespace,
+    /// which the VMM is not, and Docker and whoever calls nsenter(1) look for that by the number of a task.
     pub fn pid(&self) -> u32 {
-        let vmm = self.machine.get().and_then(|machine| machine.state.borrow().vmm);
-        vmm.map_or(std::process::id(), |vmm| vmm.pid as u32)
+        std::process::id()
     }
 
     /// How big the VM is.

@@ -537,8 +537,7 @@ impl Pod {
     }
 }
 
-/// A container's state as the runtime specification has it, for hooks. The process in it is this one, since it is in the
-/// container's network namespace, which the VMM is not, and a hook may look for that.
+/// A container's state as the runtime specification has it, for hooks.
 fn hook_state(id: &str, bundle: &Path, status: &str) -> Vec<u8> {
     let spec = bundle::read_spec(bundle).ok();
     let annotations = spec.as_ref().and_then(|spec| spec.annotations().clone()).unwrap_or_default();

@@ -12,6 +12,7 @@ use stockade_tests::cri::host::config_version;
 use tempfile::TempDir;
 
 use super::program::{Ended, Program, Stdin};
+use super::runtime::vmm_of;
 use super::{HANG, Rootfs, Runtime, host_scratch};
 
 /// Where shims and containerd's own parts have their state, whatever its configuration says.
@@ -153,6 +154,12 @@ impl Containerd {
         let list = self.ctr(&["task", "ls"]).ok();
         let line = list.lines().find(|line| line.split_whitespace().next() == Some(id));
         line.and_then(|line| line.split_whitespace().nth(1)).expect("a task").parse().expect("a pid")
+    }
+
+    /// The VMM that a task runs in.
+    #[track_caller]
+    pub fn vmm(&self, id: &str) -> i32 {
+        vmm_of(self.pid(id)).expect("a task's process is its shim, which has a VMM")
     }
 
     /// Waits until a task has this state.

@@ -1,7 +1,8 @@
-//! A Docker daemon of one's own: its state in a directory that goes with it, the runtime under test among its runtimes,
-//! and an image from the lab's busybox tree.
+//! A Docker daemon of one's own: its state in a directory that goes with it, the runtime under test among its runtimes
+//! and its shim on the daemon's path, and an image from the lab's busybox tree.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
@@ -48,7 +49,12 @@ impl Docker {
         });
         fs::write(dir.path().join("daemon.json"), config.to_string()).unwrap();
         let log = fs::File::create(dir.path().join("log")).unwrap();
+        let bin = dir.path().join("bin");
+        fs::create_dir(&bin).unwrap();
+        symlink(Runtime::under_test().path(), bin.join("containerd-shim-stockade-v2")).unwrap();
+        let path = std::env::var("PATH").expect("a PATH");
         let daemon = Command::new("dockerd")
+            .env("PATH", format!("{}:{path}", bin.display()))
             .arg("--config-file")
             .arg(dir.path().join("daemon.json"))
             .stdin(Stdio::null())
