@@ -22,7 +22,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::timeout;
 
-use crate::bpf::{Hook, Instruction};
+use crate::bpf::{self, Hook, Instruction};
 use crate::cgroup;
 use crate::error::Error;
 use crate::vsock::Listener;
@@ -75,21 +75,20 @@ impl Sockets {
 
 /// Changes one port of the name server's address for another in a `struct bpf_sock_addr`, and allows everything.
 fn redirect(from: u16, to: u16) -> [Instruction; 8] {
-    use Instruction as I;
     /// Offsets in it. Both fields are in network byte order, the port in the first two bytes of four.
     const ADDRESS: i16 = 4;
     const PORT: i16 = 24;
     let address = u32::from_ne_bytes(RESOLVER.octets());
     let port = |port: u16| u32::from(port.to_be());
     [
-        I::load_word(2, ADDRESS),
-        I::jump_if_not_equal(2, address, 4),
-        I::load_word(2, PORT),
-        I::jump_if_not_equal(2, port(from), 2),
-        I::mov_imm(2, port(to)),
-        I::store_word(PORT, 2),
-        I::mov_imm(0, 1),
-        I::exit(),
+        bpf::load_word(2, ADDRESS),
+        bpf::jump_if_not_equal(2, address, 4),
+        bpf::load_word(2, PORT),
+        bpf::jump_if_not_equal(2, port(from), 2),
+        bpf::mov_imm(2, port(to)),
+        bpf::store_word(PORT, 2),
+        bpf::mov_imm(0, 1),
+        Instruction::exit(),
     ]
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
-use crate::bpf::{Hook, Instruction};
+use crate::bpf::{self, Hook, Instruction};
 use crate::error::Error;
 
 /// Access to a device, as in `linux/bpf.h`.
@@ -121,24 +121,23 @@ impl Policy {
     /// With a default of "deny" the accesses that exceptions allow are collected, and one that asks for no more is
     /// allowed: rules for the same device add up. With "allow" any access that an exception denies is denied.
     fn program(&self) -> Vec<Instruction> {
-        use Instruction as I;
         // r2 = kind, r3 = access asked for, r4 = major, r5 = minor, r6 = accesses still to be settled.
         let mut program = vec![
-            I::load_word(2, 0),
-            I::mov_reg(3, 2),
-            I::and_imm(2, 0xffff),
-            I::shift_right(3, 16),
-            I::load_word(4, 4),
-            I::load_word(5, 8),
-            I::mov_reg(6, 3),
+            bpf::load_word(2, 0),
+            bpf::mov_reg(3, 2),
+            bpf::and_imm(2, 0xffff),
+            bpf::shift_right(3, 16),
+            bpf::load_word(4, 4),
+            bpf::load_word(5, 8),
+            bpf::mov_reg(6, 3),
         ];
         for (devices, access) in &self.exceptions {
             let mut body = Vec::new();
             if self.allow {
-                body.extend([I::mov_reg(7, 3), I::and_imm(7, *access), I::jump_if_equal(7, 0, 2)]);
-                body.extend([I::mov_imm(0, 0), I::exit()]);
+                body.extend([bpf::mov_reg(7, 3), bpf::and_imm(7, *access), bpf::jump_if_equal(7, 0, 2)]);
+                body.extend([bpf::mov_imm(0, 0), Instruction::exit()]);
             } else {
-                body.push(I::and_imm(6, !access & ALL));
+                body.push(bpf::and_imm(6, !access & ALL));
             }
             let mut compares = Vec::new();
             compares.push((2, devices.kind as u32));
@@ -146,14 +145,19 @@ impl Policy {
             compares.extend(devices.minor.map(|minor| (5, minor)));
             for (done, (register, value)) in compares.iter().enumerate() {
                 let skip = (compares.len() - done - 1) + body.len();
-                program.push(I::jump_if_not_equal(*register, *value, skip as i16));
+                program.push(bpf::jump_if_not_equal(*register, *value, skip as i16));
             }
             program.append(&mut body);
         }
         if self.allow {
-            program.extend([I::mov_imm(0, 1), I::exit()]);
+            program.extend([bpf::mov_imm(0, 1), Instruction::exit()]);
         } else {
-            program.extend([I::mov_imm(0, 1), I::jump_if_equal(6, 0, 1), I::mov_imm(0, 0), I::exit()]);
+            program.extend([
+                bpf::mov_imm(0, 1),
+                bpf::jump_if_equal(6, 0, 1),
+                bpf::mov_imm(0, 0),
+                Instruction::exit(),
+            ]);
         }
         program
     }

@@ -9,13 +9,10 @@
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-const BPF_MAP_CREATE: libc::c_int = 0;
-const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_LINK_CREATE: libc::c_int = 28;
-const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
+use stockade_bpf::Instruction;
+
 const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
 const BPF_SK_LOOKUP: u32 = 36;
 
@@ -42,31 +39,17 @@ impl AllPorts {
     /// Begins to accept in the network namespace that this process is in.
     pub fn listen() -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let sockets = make_map()?;
-        put(&sockets, &listener)?;
-        let program = load(&program(sockets.as_raw_fd()))?;
+        let sockets = stockade_bpf::map_of(listener.as_fd())?;
+        let program =
+            stockade_bpf::load(BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP, &program(sockets.as_raw_fd()))?;
         let namespace = File::open("/proc/thread-self/ns/net")?;
-        Ok(Self { listener, _link: attach(&program, &namespace)? })
+        Ok(Self { listener, _link: stockade_bpf::link(program.as_fd(), namespace.as_fd(), BPF_SK_LOOKUP)? })
     }
-}
-
-/// `struct bpf_insn` (Documentation/bpf/standardization/instruction-set.rst).
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Instruction {
-    code: u8,
-    /// Source in the upper four bits, destination in the lower.
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-const fn op(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction { code, registers: source << 4 | destination, offset, immediate }
 }
 
 /// Assigns the map's socket to TCP connections of IPv4.
 fn program(sockets: i32) -> [Instruction; 21] {
+    let op = Instruction::new;
     // Codes: a load of four bytes, a move, jumps, a store, a call.
     const LOAD: u8 = 0x61;
     const MOVE: u8 = 0xbf;
@@ -100,107 +83,6 @@ fn program(sockets: i32) -> [Instruction; 21] {
         op(MOVE, 1, 7, 0, 0),
         op(CALL, 0, 0, 0, SK_RELEASE),
         op(SET, 0, 0, 0, SK_PASS),
-        op(0x95, 0, 0, 0, 0),
+        Instruction::exit(),
     ]
-}
-
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    /// The beginning of `union bpf_attr` for BPF_PROG_LOAD, up to `expected_attach_type`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Attributes {
-        program_type: u32,
-        instruction_count: u32,
-        instructions: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log_buf: u64,
-        kernel_version: u32,
-        flags: u32,
-        name: [u8; 16],
-        interface: u32,
-        attach_type: u32,
-    }
-    let attributes = Attributes {
-        program_type: BPF_PROG_TYPE_SK_LOOKUP,
-        instruction_count: program.len() as u32,
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        attach_type: BPF_SK_LOOKUP,
-        ..Default::default()
-    };
-    bpf_fd(BPF_PROG_LOAD, &attributes)
-}
-
-fn make_map() -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attributes {
-        map_type: u32,
-        key_size: u32,
-        value_size: u32,
-        max_entries: u32,
-    }
-    let attributes =
-        Attributes { map_type: BPF_MAP_TYPE_SOCKMAP, key_size: 4, value_size: 8, max_entries: 1 };
-    bpf_fd(BPF_MAP_CREATE, &attributes)
-}
-
-fn put(map: &OwnedFd, socket: &TcpListener) -> io::Result<()> {
-    #[repr(C)]
-    struct Attributes {
-        map: u32,
-        padding: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
-    }
-    let (key, value) = (0u32, socket.as_raw_fd() as u64);
-    let attributes = Attributes {
-        map: map.as_raw_fd() as u32,
-        padding: 0,
-        key: &raw const key as u64,
-        value: &raw const value as u64,
-        flags: 0,
-    };
-    bpf(BPF_MAP_UPDATE_ELEM, &attributes).map(drop)
-}
-
-fn attach(program: &OwnedFd, namespace: &File) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attributes {
-        program: u32,
-        target: u32,
-        attach_type: u32,
-        flags: u32,
-    }
-    let attributes = Attributes {
-        program: program.as_raw_fd() as u32,
-        target: namespace.as_raw_fd() as u32,
-        attach_type: BPF_SK_LOOKUP,
-        flags: 0,
-    };
-    bpf_fd(BPF_LINK_CREATE, &attributes)
-}
-
-/// bpf(2). `A` is the beginning of `union bpf_attr` for the command; what it points to must live.
-fn bpf<A>(command: libc::c_int, attributes: &A) -> io::Result<i32> {
-    loop {
-        // SAFETY: the kernel reads the attributes and what they point to, all of which outlive the call.
-        let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<A>()) };
-        if result >= 0 {
-            return Ok(result as i32);
-        }
-        // The verifier gives up when a signal is pending.
-        let e = io::Error::last_os_error();
-        if e.kind() != io::ErrorKind::WouldBlock {
-            return Err(e);
-        }
-    }
-}
-
-fn bpf_fd<A>(command: libc::c_int, attributes: &A) -> io::Result<OwnedFd> {
-    let fd = bpf(command, attributes)?;
-    // SAFETY: these commands return a new descriptor, which nothing else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
