@@ -85,6 +85,13 @@ pub enum Request {
         /// Which, 0 to 3.
         slot: u8,
     },
+    /// Have so many bytes of memory be there besides those of `Boot`, from the start of its
+    /// [`Window`](crate::memory::Window): a multiple of the window's blocks. Answered by `MemorySet` or `MemoryRefused`.
+    /// The guest does not notice: who gives memory tells it afterwards, who takes some has had it let go before.
+    SetMemory {
+        /// In all, more or fewer than there are.
+        added_bytes: u64,
+    },
     /// Stop all vCPUs where they are. Answered by `Paused`.
     Pause,
     /// Let them go on. Answered by `Resumed`.
@@ -120,6 +127,16 @@ pub enum Event {
     NetworkRefused {
         /// Of the `AttachNetwork`.
         slot: u8,
+        /// Why, as one clause.
+        reason: String,
+    },
+    /// So much memory is there now besides that of `Boot`.
+    MemorySet {
+        /// Of the `SetMemory`.
+        added_bytes: u64,
+    },
+    /// As much memory is there as was before.
+    MemoryRefused {
         /// Why, as one clause.
         reason: String,
     },
@@ -236,6 +253,11 @@ impl Client {
         self.0.send(&Request::DetachNetwork { slot }, &[])
     }
 
+    /// Gives the VM memory besides what it began with, or takes some of that away.
+    pub fn set_memory(&self, added_bytes: u64) -> Result<(), Error> {
+        self.0.send(&Request::SetMemory { added_bytes }, &[])
+    }
+
     /// Stops the vCPUs where they are.
     pub fn pause(&self) -> Result<(), Error> {
         self.0.send(&Request::Pause, &[])
@@ -294,6 +316,7 @@ pub(crate) enum Received {
     AttachNetwork { slot: u8, interface: Interface, tap: OwnedFd },
     SetLink { slot: u8, up: bool },
     DetachNetwork { slot: u8 },
+    SetMemory { added_bytes: u64 },
     Pause,
     Resume,
     Stop,
@@ -329,6 +352,9 @@ impl Server {
             Request::SetLink { slot, up } => expect_fds(&fds, 0).map(|()| Received::SetLink { slot, up })?,
             Request::DetachNetwork { slot } => {
                 expect_fds(&fds, 0).map(|()| Received::DetachNetwork { slot })?
+            }
+            Request::SetMemory { added_bytes } => {
+                expect_fds(&fds, 0).map(|()| Received::SetMemory { added_bytes })?
             }
             Request::Pause => expect_fds(&fds, 0).map(|()| Received::Pause)?,
             Request::Resume => expect_fds(&fds, 0).map(|()| Received::Resume)?,
@@ -506,6 +532,14 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_asked_for_in_all() {
+        let (client, server) = pair();
+        client.set_memory(128 << 20).unwrap();
+        let next = server.recv(false).unwrap();
+        assert!(matches!(next, Poll::Ready(Some(Received::SetMemory { added_bytes: 0x800_0000 }))));
+    }
+
+    #[test]
     fn every_event_arrives_as_it_was_sent() {
         let (client, server) = pair();
         let events = [
@@ -519,6 +553,8 @@ mod tests {
             Event::Refused { id: 7, reason: "nobody listens".into() },
             Event::NetworkAttached { slot: 3 },
             Event::NetworkRefused { slot: 0, reason: "the network slot is taken".into() },
+            Event::MemorySet { added_bytes: 1 << 40 },
+            Event::MemoryRefused { reason: "the host has no room".into() },
             Event::Stopped(StopReason::Reset),
             Event::Stopped(StopReason::Error("KVM_EXIT_FAIL_ENTRY".into())),
             Event::Failed { message: "no".into() },

@@ -139,6 +139,27 @@ pub struct Machine {
     pub dialer: Dialer,
     /// Makes interfaces of the network slots, which are all here or none.
     pub plugs: Vec<net::Plug>,
+    /// Its memory, which can be added to.
+    pub ram: Ram,
+}
+
+/// The memory of a VM that runs.
+#[derive(Clone)]
+pub struct Ram {
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+}
+
+impl Ram {
+    /// Has so many bytes be there besides those that the VM began with: see [`GuestMemory::set_added`].
+    pub fn set_added(&self, bytes: u64) -> Result<(), memory::Error> {
+        self.memory.set_added(bytes, &|region| {
+            // SAFETY: what `memory` tells are mappings of its own, which are never unmapped, and guest memory is only
+            // accessed as memory that others change.
+            let set = unsafe { self.vm.set_user_memory_region(region) };
+            set.map_err(|e| io::Error::from_raw_os_error(e.errno()))
+        })
+    }
 }
 
 impl Shell {
@@ -217,7 +238,7 @@ impl Shell {
         let vcpus = create_vcpus(&kvm_device, &vm, boot.vcpus)?;
         registers::set_boot(&vcpus[0], kernel.entry).map_err(kvm("set the registers"))?;
         let vcpus = Vcpus::start(vcpus, bus).map_err(Error::Threads)?;
-        Ok(Machine { vcpus, dialer, plugs })
+        Ok(Machine { vcpus, dialer, plugs, ram: Ram { vm, memory } })
     }
 }
 

@@ -3,17 +3,40 @@
 //! RAM begins at address 0 and goes up to the 32-bit gap, in which the device registers and the interrupt
 //! controllers lie; what does not fit below the gap continues at 4 GiB. Host addresses are congruent to guest
 //! addresses modulo 2 MiB, so that KVM can map huge pages. The first 64 KiB hold what the VMM hands to the
-//! kernel at boot; Linux reserves them and copies what it wants to keep.
+//! kernel at boot; Linux reserves them and copies what it wants to keep. What is [`added`] later lies above all that.
+
+mod added;
 
 use std::io;
+use std::sync::Arc;
 
 use vm_memory::{
-    Address, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    Address, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
     mmap::MmapRegionError,
 };
 
-/// All of the guest's RAM. Clones share it.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+use added::Added;
+pub use added::Window;
+
+/// All of the guest's RAM. Clones share it, and what is added to it.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    /// What the VM began with.
+    began: GuestMemoryMmap,
+    added: Arc<Added>,
+}
+
+impl vm_memory::GuestMemory for GuestMemory {
+    type R = GuestRegionMmap;
+
+    fn find_region(&self, address: GuestAddress) -> Option<&GuestRegionMmap> {
+        self.began.find_region(address).or_else(|| self.added.find(address))
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &GuestRegionMmap> {
+        self.began.iter().chain(self.added.iter())
+    }
+}
 
 /// Whether the host is asked for 2 MiB pages (`MADV_HUGEPAGE`) for guest RAM.
 pub const HUGE_PAGES: bool = true;
@@ -79,6 +102,21 @@ pub enum Error {
         /// What mmap(2) says.
         source: io::Error,
     },
+    /// no such number of blocks
+    #[error(
+        "a VM cannot be given {bytes} bytes of memory more: it must be a multiple of {block}, at most {most}"
+    )]
+    Added {
+        /// What was asked for.
+        bytes: u64,
+        /// Size of a block.
+        block: u64,
+        /// What the window holds.
+        most: u64,
+    },
+    /// KVM refuses
+    #[error("KVM refuses to change guest memory: {0}; see the host's kernel log")]
+    Kvm(#[source] io::Error),
     /// cannot wrap the mapping
     #[error("cannot set up guest memory: {0}")]
     Region(#[from] MmapRegionError),
@@ -100,17 +138,28 @@ pub fn ranges(bytes: u64) -> Result<Vec<(u64, u64)>, Error> {
 /// The mapping lives as long as the process: vCPUs and devices hold addresses in it, and no VMM process
 /// outlives its VM.
 pub fn create(bytes: u64) -> Result<GuestMemory, Error> {
-    let regions = ranges(bytes)?
-        .into_iter()
-        .map(|(start, length)| {
-            let address = map(length)?;
-            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, MAP_FLAGS);
-            // SAFETY: the mapping has just been made with this length, and it is never unmapped.
-            let region = unsafe { MmapRegion::build_raw(address, length as usize, prot, flags) }?;
-            GuestRegionMmap::new(region, GuestAddress(start)).ok_or(Error::Size { bytes })
-        })
-        .collect::<Result<Vec<_>, Error>>()?;
-    Ok(GuestMemory::from_regions(regions)?)
+    let regions = ranges(bytes)?.into_iter().map(|(start, length)| map_region(start, length));
+    let began = GuestMemoryMmap::from_regions(regions.collect::<Result<Vec<_>, Error>>()?)?;
+    Ok(GuestMemory { began, added: Arc::new(Added::none(bytes)) })
+}
+
+/// Maps what the guest has at `start`.
+fn map_region(start: u64, length: u64) -> Result<GuestRegionMmap, Error> {
+    let address = map(length)?;
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, MAP_FLAGS);
+    // SAFETY: the mapping has just been made with this length, and it is never unmapped.
+    let region = unsafe { MmapRegion::build_raw(address, length as usize, prot, flags) }?;
+    GuestRegionMmap::new(region, GuestAddress(start)).ok_or(Error::Size { bytes: length })
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+impl GuestMemory {
+    /// A few pages at odd places, for tests that need no VM.
+    pub fn of_pieces(pieces: &[(GuestAddress, usize)]) -> Self {
+        #[allow(clippy::unwrap_used, reason = "a test may fail by panicking")]
+        let began = GuestMemoryMmap::from_ranges(pieces).unwrap();
+        GuestMemory { began, added: Arc::new(Added::none(0)) }
+    }
 }
 
 /// First address after RAM below the gap.

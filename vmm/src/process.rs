@@ -15,7 +15,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::control::{self, Event, Received, Server, StopReason, Timeline};
 use crate::io_loop::{Control, EventSet, IoLoop, IoLoopError, Worker};
 use crate::jail::{self, Kind};
-use crate::machine::{self, Files, Shell};
+use crate::machine::{self, Files, Ram, Shell};
 use crate::vcpu::Handle;
 use crate::virtio::net::{Interface, Plug};
 use crate::virtio::vsock::{Dialer, Refusal};
@@ -104,6 +104,7 @@ fn serve(
         vcpus: vcpus.clone(),
         dialer: machine.dialer.clone(),
         plugs: machine.plugs.clone(),
+        ram: machine.ram.clone(),
         pausing: false,
     }));
     timeline.first_run_ns = now();
@@ -145,6 +146,7 @@ struct Supervision {
     vcpus: Handle,
     dialer: Dialer,
     plugs: Vec<Plug>,
+    ram: Ram,
     /// `Pause` has not been answered yet.
     pausing: bool,
 }
@@ -174,6 +176,12 @@ impl Supervision {
                     if let Some(plug) = self.plugs.get(usize::from(slot)) {
                         plug.detach();
                     }
+                }
+                Poll::Ready(Some(Received::SetMemory { added_bytes })) => {
+                    self.outbox.send(match self.ram.set_added(added_bytes) {
+                        Ok(()) => Event::MemorySet { added_bytes },
+                        Err(error) => Event::MemoryRefused { reason: error.to_string() },
+                    });
                 }
                 Poll::Ready(Some(Received::Pause)) => {
                     self.pausing = true;

@@ -143,6 +143,8 @@ const EVERY: &[Call] = &[
 
 /// Interrupts: KVM takes a message for the guest's local APICs.
 const KVM_SIGNAL_MSI: Value = Value::new("KVM_SIGNAL_MSI", 0x4020_aea5);
+/// Memory that the VM is given while it runs, or that is taken from it.
+const KVM_SET_USER_MEMORY_REGION: Value = Value::new("KVM_SET_USER_MEMORY_REGION", 0x4020_ae46);
 const TUNSETOFFLOAD: Value = libc_value!(TUNSETOFFLOAD);
 
 const IO: &[Call] = &[
@@ -159,7 +161,13 @@ const IO: &[Call] = &[
     call!(SYS_fcntl).only(Only::OneOf(1, &[libc_value!(F_GETFL), libc_value!(F_SETFL)])),
     call!(SYS_ioctl).only(Only::OneOf(
         1,
-        &[KVM_SIGNAL_MSI, TUNSETOFFLOAD, libc_value!(TUNGETIFF), libc_value!(TUNSETVNETHDRSZ)],
+        &[
+            KVM_SIGNAL_MSI,
+            KVM_SET_USER_MEMORY_REGION,
+            TUNSETOFFLOAD,
+            libc_value!(TUNGETIFF),
+            libc_value!(TUNSETVNETHDRSZ),
+        ],
     )),
 ];
 

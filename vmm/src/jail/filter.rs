@@ -103,8 +103,8 @@ mod tests {
             (libc::SYS_mprotect, 0, 4096, writable as u64),
             (libc::SYS_mmap, 0, 4096, writable as u64),
             (libc::SYS_ioctl, 0, libc::TIOCSTI, 0),
-            // KVM_SET_USER_MEMORY_REGION: other memory for the guest.
-            (libc::SYS_ioctl, 0, 0x4020_ae46, 0),
+            // KVM_CREATE_VCPU, which runs as whoever enters it.
+            (libc::SYS_ioctl, 0, 0xae41, 0),
             (libc::SYS_fcntl, 0, libc::F_SETOWN as u64, 1),
             // The same number in the x32 ABI.
             (libc::SYS_read | 0x4000_0000, 0, 0, 0),
@@ -115,6 +115,15 @@ mod tests {
                 let killed = matches!(status, WaitStatus::Signaled(_, Signal::SIGSYS, _));
                 assert!(killed, "{kind:?}, system call {number}: {status:?}");
             }
+        }
+    }
+
+    #[test]
+    fn only_the_thread_that_hears_the_supervisor_changes_the_guests_memory() {
+        const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
+        for (kind, _) in Kind::ALL {
+            let status = call(kind, libc::SYS_ioctl, [u64::MAX, KVM_SET_USER_MEMORY_REGION, 0]);
+            assert_eq!(matches!(status, WaitStatus::Exited(_, 0)), kind == Kind::Io, "{kind:?}: {status:?}");
         }
     }
 

@@ -247,6 +247,27 @@ fn a_vm_is_paused_resumed_and_stopped_by_its_supervisor() {
 }
 
 #[test]
+fn a_vm_that_runs_gets_and_gives_memory_as_its_supervisor_says() {
+    if kvm().is_none() {
+        return;
+    }
+    let (client, _console, vmm, _) = boot(COUNT);
+    let block = memory::Window::of(memory::MIN_BYTES).block;
+    for added_bytes in [2 * block, 3 * block, block, block, 0] {
+        client.set_memory(added_bytes).unwrap();
+        assert_eq!(client.recv().unwrap(), Some(Event::MemorySet { added_bytes }));
+    }
+    for absurd in [1, u64::MAX] {
+        client.set_memory(absurd).unwrap();
+        let Some(Event::MemoryRefused { reason }) = client.recv().unwrap() else { panic!("not refused") };
+        assert!(reason.contains("multiple") && !reason.contains('\n'), "{reason}");
+    }
+    client.stop().unwrap();
+    assert_eq!(client.recv().unwrap(), None);
+    assert_eq!(vmm.join().unwrap(), ExitCode::SUCCESS);
+}
+
+#[test]
 fn a_vm_ends_when_its_supervisor_is_gone() {
     if kvm().is_none() {
         return;

@@ -32,7 +32,7 @@ pub const DESC_INDIRECT: u16 = 4;
 const PATIENCE: i32 = 20_000;
 
 pub fn memory() -> GuestMemory {
-    GuestMemory::from_ranges(&[(GuestAddress(0), LOW_MEMORY), (GuestAddress(HIGH_MEMORY), 1 << 20)]).unwrap()
+    GuestMemory::of_pieces(&[(GuestAddress(0), LOW_MEMORY), (GuestAddress(HIGH_MEMORY), 1 << 20)])
 }
 
 /// A buffer in a chain.

@@ -188,6 +188,8 @@ fn addresses_outside_of_memory_are_found() {
         (LOW_MEMORY as u64, 1),
         (HIGH_MEMORY - 1, 1),
         (HIGH_MEMORY + (1 << 20), 1),
+        // In the window for memory that a VM is given later, and was not.
+        (HIGH_MEMORY + (1 << 30), 1),
         (u64::MAX, 1),
         (u64::MAX, 2),
     ] {
