@@ -23,6 +23,7 @@ mod forward;
 mod helper;
 mod hooks;
 mod log;
+mod memory;
 mod mounts;
 mod network;
 mod oom;

@@ -12,9 +12,9 @@ use async_trait::async_trait;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty,
     EnterRequest, Event, ExecRequest, ExecResponse, ForgetRequest, HandshakeRequest, HandshakeResponse,
-    MakeVolumeRequest, PidsResponse, ProcessRequest, ResizeRequest, SetNetworkRequest, SetPodRequest,
-    SetupSandboxRequest, SetupSandboxResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest,
-    WaitResponse,
+    MakeVolumeRequest, PidsResponse, ProcessRequest, ResizeRequest, SetMemoryRequest, SetMemoryResponse,
+    SetNetworkRequest, SetPodRequest, SetupSandboxRequest, SetupSandboxResponse, ShutdownRequest,
+    SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
 };
 use stockade_agent_protocol::service::Agent;
 use stockade_agent_protocol::{FORWARD_PORT, GUEST, PROTOCOL_VERSION, RESOLVER_PORT};
@@ -27,7 +27,7 @@ use crate::error::Error;
 use crate::network::Network;
 use crate::supervise::Process;
 use crate::vsock::Listener;
-use crate::{boot, console, forward, pod, processes, resolver, sandbox, volumes};
+use crate::{boot, console, forward, memory, pod, processes, resolver, sandbox, volumes};
 
 /// Highest signal number, SIGRTMAX.
 const SIGNAL_MAX: u32 = 64;
@@ -238,6 +238,14 @@ impl Agent for Service {
         })
         .await?;
         Ok(Empty::default())
+    }
+
+    async fn set_memory(
+        &self,
+        _: &TtrpcContext,
+        request: SetMemoryRequest,
+    ) -> ttrpc::Result<SetMemoryResponse> {
+        self.to_the_end(|containers| async move { memory::set(&containers, &request).await }).await
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {

@@ -28,7 +28,7 @@ pub use generated::agent as messages;
 pub use generated::agent_ttrpc as service;
 
 /// Version of the contract. The host brings its own guest image, so both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 7;
+pub const PROTOCOL_VERSION: u32 = 8;
 /// Guest port of the ttrpc service.
 pub const RPC_PORT: u32 = 1024;
 /// Guest port of stdio streams.

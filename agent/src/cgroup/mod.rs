@@ -41,15 +41,22 @@ pub fn prepare() -> Result<(), Error> {
     fs::create_dir(&parent).map_err(|e| Error::os(format!("making the cgroup {PARENT}"), e))?;
     write(&parent, "cgroup.subtree_control", &enable)?;
 
-    let memory = nix::sys::sysinfo::sysinfo().map(|s| s.ram_total()).unwrap_or(0);
-    if memory > 2 * MEMORY_RESERVE {
-        write(&parent, "memory.max", &(memory - MEMORY_RESERVE).to_string())?;
-    }
+    share_memory()?;
     let threads = fs::read_to_string("/proc/sys/kernel/threads-max").ok().and_then(|t| t.trim().parse().ok());
     let pids = fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|t| t.trim().parse().ok());
     let most: u64 = threads.unwrap_or(u64::MAX).min(pids.unwrap_or(u64::MAX));
     if most != u64::MAX && most > 2 * PIDS_RESERVE {
         write(&parent, "pids.max", &(most - PIDS_RESERVE).to_string())?;
+    }
+    Ok(())
+}
+
+/// Lets containers together have the memory that there is now, but for the reserve.
+pub fn share_memory() -> Result<(), Error> {
+    let memory = nix::sys::sysinfo::sysinfo().map(|s| s.ram_total()).unwrap_or(0);
+    if memory > 2 * MEMORY_RESERVE {
+        let limit = (memory - MEMORY_RESERVE).to_string();
+        write(Path::new(&format!("{ROOT}{PARENT}")), "memory.max", &limit)?;
     }
     Ok(())
 }
