@@ -4,8 +4,11 @@
 //! the configuration file, the default. A limit of the bundle is what the workload may use, so the VM gets what it
 //! needs itself on top; the others name the size of the VM. A value out of range is an error that says which value
 //! stood where; nothing is silently made to fit.
+//!
+//! That is what a VM begins with. Its memory grows with limits that are raised and with containers that come later
+//! ([`Demand`]); the number of its vCPUs stays, because a machine without ACPI has no way to announce new ones.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use oci_spec::runtime::{LinuxCpu, LinuxResources};
 use serde::{Deserialize, Serialize};
@@ -70,9 +73,19 @@ pub enum Error {
     /// not a size at all
     #[error("{origin} is {value:?}: write a number of bytes, or one with K, M, G or T")]
     NoSize { origin: String, value: String },
-    /// a new limit is more than the VM has
-    #[error("{field} is {value}, but the VM of this container has {has} and does not grow: create it anew")]
-    TooSmall { field: &'static str, value: String, has: String },
+    /// a new quota is more than the VM has vCPUs
+    #[error(
+        "linux.resources.cpu.quota is {quota} of {period} µs, but the VM of this container has {vcpus} vCPU and gets no \
+         more: create it anew"
+    )]
+    Quota { quota: i64, period: u64, vcpus: u8 },
+    /// limits add up to more than a VM can have
+    #[error(
+        "the memory limits of the containers in this VM come to {sum} bytes: with what the VM needs itself it would have \
+         more than {}",
+        show(MAX_MEMORY)
+    )]
+    Sum { sum: u64 },
     /// an engine's sum
     #[error("annotation {key} is {value:?}: the engine must write numbers there")]
     Hint { key: String, value: String },
@@ -81,56 +94,105 @@ pub enum Error {
     Cpus(String),
 }
 
+/// What said how much memory a VM begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// Somebody who meant the VM itself.
+    Name,
+    /// A limit, which is for all that is in the VM at first.
+    Limit,
+    /// Nobody: what containers without a limit get.
+    Default,
+}
+
 impl VmSize {
-    /// Sizes a VM for a bundle.
+    /// Sizes a VM for a bundle. Tells what its memory was chosen by.
     pub fn of(
         annotations: Option<&HashMap<String, String>>,
         resources: Option<&LinuxResources>,
         settings: &Settings,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, By), Error> {
         let annotations = annotated(annotations);
         let cpu = resources.and_then(|r| r.cpu().as_ref());
         let limit = resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
-        Ok(VmSize {
-            vcpus: vcpus(&annotations, cpu, settings)?,
-            memory: memory(&annotations, limit, settings)?.next_multiple_of(GRANULE),
-        })
+        let vcpus = vcpus(&annotations, cpu, settings)?;
+        let (memory, by) = memory(&annotations, limit, settings)?;
+        Ok((VmSize { vcpus, memory: memory.next_multiple_of(GRANULE) }, by))
     }
-}
 
-impl VmSize {
-    /// Whether a VM of this size can give what new limits promise.
+    /// Whether new limits are such that a VM with these vCPUs can have them.
     pub fn check_update(&self, limits: &LinuxResources) -> Result<(), Error> {
-        let memory = limits.memory().as_ref().and_then(|m| m.limit()).filter(|l| !matches!(l, 0 | -1));
-        if let Some(limit) = memory {
-            let bytes =
-                u64::try_from(limit).ok().filter(|b| *b >= MIN_LIMIT).ok_or(Error::Limit { limit })?;
-            if with_overhead(bytes) > self.memory {
-                return Err(Error::TooSmall {
-                    field: "linux.resources.memory.limit",
-                    value: format!("{bytes} bytes"),
-                    has: format!("{} in all", show(self.memory)),
-                });
-            }
-        }
+        memory_limit(limits)?;
         let quota = limits.cpu().as_ref().and_then(|cpu| Some((cpu.quota().filter(|q| *q > 0)?, cpu)));
         if let Some((quota, cpu)) = quota {
             let period = cpu.period().filter(|p| *p > 0).unwrap_or(CPU_PERIOD);
             if (quota as u64).div_ceil(period) > u64::from(self.vcpus) {
-                return Err(Error::TooSmall {
-                    field: "linux.resources.cpu.quota",
-                    value: format!("{quota} of {period} µs"),
-                    has: format!("{} vCPU", self.vcpus),
-                });
+                return Err(Error::Quota { quota, period, vcpus: self.vcpus });
             }
         }
         Ok(())
     }
 }
 
+/// The limit of memory, if there is one.
+pub fn memory_limit(limits: &LinuxResources) -> Result<Option<u64>, Error> {
+    checked(limits.memory().as_ref().and_then(|m| m.limit()))
+}
+
+fn checked(limit: Option<i64>) -> Result<Option<u64>, Error> {
+    // 0 and -1 mean no limit.
+    let Some(limit) = limit.filter(|l| !matches!(l, 0 | -1)) else { return Ok(None) };
+    let bytes = u64::try_from(limit).ok().filter(|bytes| (MIN_LIMIT..=MAX_MEMORY).contains(bytes));
+    bytes.ok_or(Error::Limit { limit }).map(Some)
+}
+
+/// How much memory a VM has to have for the containers in it: the sum of their limits, and what it needs itself. What a VM
+/// has by default is for those without a limit, as long as there is one, and comes on top.
+#[derive(Clone, Debug)]
+pub struct Demand {
+    without_limit: u64,
+    limits: BTreeMap<String, Option<u64>>,
+}
+
+impl Demand {
+    /// Of nobody, in a VM of this size.
+    pub fn new(size: VmSize, by: By) -> Self {
+        let without_limit = match by {
+            By::Default => without_overhead(size.memory),
+            By::Name | By::Limit => 0,
+        };
+        Self { without_limit, limits: BTreeMap::new() }
+    }
+
+    /// Counts a container with its limit in place of what it had before, which is returned.
+    pub fn count(&mut self, container: &str, limit: Option<u64>) -> Option<Option<u64>> {
+        self.limits.insert(container.into(), limit)
+    }
+
+    /// Counts it no more.
+    pub fn forget(&mut self, container: &str) {
+        self.limits.remove(container);
+    }
+
+    /// Memory of the VM in bytes.
+    pub fn memory(&self) -> Result<u64, Error> {
+        let has_unlimited = self.limits.values().any(Option::is_none);
+        let first = if has_unlimited { self.without_limit } else { 0 };
+        let sum = self.limits.values().flatten().fold(first, |sum, limit| sum.saturating_add(*limit));
+        let memory = if sum > MAX_MEMORY { u64::MAX } else { with_overhead(sum).next_multiple_of(GRANULE) };
+        if memory > MAX_MEMORY { Err(Error::Sum { sum }) } else { Ok(memory) }
+    }
+}
+
 /// The memory of a VM whose workload may use so much.
 fn with_overhead(limit: u64) -> u64 {
     limit + VM_OVERHEAD + limit / PAGE_ARRAY_FRACTION
+}
+
+/// What the workload of a VM with so much memory may use.
+fn without_overhead(memory: u64) -> u64 {
+    let rest = memory.saturating_sub(VM_OVERHEAD);
+    rest - rest.div_ceil(PAGE_ARRAY_FRACTION + 1)
 }
 
 /// Our annotations. They may come from who is not trusted with the host, so none names a path or a program, and one
@@ -209,19 +271,15 @@ fn count_cpus(list: &str) -> Option<u64> {
     Some(count)
 }
 
-fn memory(annotations: &SizeSettings, limit: Option<i64>, settings: &Settings) -> Result<u64, Error> {
+fn memory(annotations: &SizeSettings, limit: Option<i64>, settings: &Settings) -> Result<(u64, By), Error> {
     if let Some(named) = annotations.memory.as_ref().or(settings.environment.memory.as_ref()) {
-        return parse_memory(named);
+        return Ok((parse_memory(named)?, By::Name));
     }
-    // 0 and -1 mean no limit.
-    if let Some(limit) = limit.filter(|l| !matches!(l, 0 | -1)) {
-        let bytes = u64::try_from(limit).map_err(|_| Error::Limit { limit })?;
-        if !(MIN_LIMIT..=MAX_MEMORY).contains(&bytes) {
-            return Err(Error::Limit { limit });
-        }
-        return Ok(with_overhead(bytes).min(MAX_MEMORY));
+    if let Some(bytes) = checked(limit)? {
+        return Ok((with_overhead(bytes).min(MAX_MEMORY), By::Limit));
     }
-    settings.file.memory.as_ref().map_or(Ok(DEFAULT_MEMORY), parse_memory)
+    let bytes = settings.file.memory.as_ref().map_or(Ok(DEFAULT_MEMORY), parse_memory)?;
+    Ok((bytes, By::Default))
 }
 
 /// A number of bytes with or without a unit, as flags have it; -1 is a number.
@@ -276,7 +334,7 @@ mod tests {
     ) -> Result<VmSize, Error> {
         let annotations = annotations.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
         let resources = serde_json::from_value(resources).unwrap();
-        VmSize::of(Some(&annotations), Some(&resources), settings)
+        Ok(VmSize::of(Some(&annotations), Some(&resources), settings)?.0)
     }
 
     fn sourced(value: &str) -> Option<Sourced<String>> {
@@ -285,8 +343,8 @@ mod tests {
 
     #[test]
     fn without_limits_a_vm_is_small() {
-        let size = VmSize::of(None, None, &Settings::default()).unwrap();
-        assert_eq!(size, VmSize { vcpus: 1, memory: 256 * MIB });
+        let (size, by) = VmSize::of(None, None, &Settings::default()).unwrap();
+        assert_eq!((size, by), (VmSize { vcpus: 1, memory: 256 * MIB }, By::Default));
         let unlimited = json!({"cpu": {"quota": -1, "cpus": ""}, "memory": {"limit": -1}});
         assert_eq!(super::tests::size(&[], unlimited, &Settings::default()).unwrap(), size);
     }
@@ -368,17 +426,63 @@ mod tests {
     }
 
     #[test]
-    fn an_update_is_held_against_the_vm() {
+    fn an_update_is_held_against_what_a_vm_can_have() {
         let limit = |limit: u64| json!({"memory": {"limit": limit}});
         let vm = size(&[], limit(100 * MIB + 1), &Settings::default()).unwrap();
         let check = |json| vm.check_update(&serde_json::from_value(json).unwrap());
-        for fits in [limit(100 * MIB + 1), limit(8 * MIB), json!({"memory": {"limit": -1}}), json!({})] {
+        for fits in [limit(900 * MIB), limit(8 * MIB), json!({"memory": {"limit": -1}}), json!({})] {
             check(fits.clone()).unwrap_or_else(|e| panic!("{fits}: {e}"));
         }
         check(json!({"cpu": {"quota": 100_000}})).unwrap();
-        assert!(matches!(check(limit(200 * MIB)), Err(Error::TooSmall { .. })));
         assert!(matches!(check(limit(1)), Err(Error::Limit { .. })));
-        assert!(matches!(check(json!({"cpu": {"quota": 100_001}})), Err(Error::TooSmall { .. })));
+        assert!(matches!(check(limit(MAX_MEMORY + 1)), Err(Error::Limit { .. })));
+        assert!(matches!(check(json!({"cpu": {"quota": 100_001}})), Err(Error::Quota { .. })));
+    }
+
+    #[test]
+    fn a_vm_has_room_for_the_limits_of_all_and_its_own_needs() {
+        let vm = |annotations: &[(&str, &str)], resources| {
+            let annotations = annotations.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            let resources: LinuxResources = serde_json::from_value(resources).unwrap();
+            VmSize::of(Some(&annotations), Some(&resources), &Settings::default()).unwrap()
+        };
+        let limit = |limit: u64| json!({"memory": {"limit": limit}});
+        let of = |limits: &[Option<u64>], (size, by)| {
+            let mut demand = Demand::new(size, by);
+            for (index, limit) in limits.iter().enumerate() {
+                demand.count(&index.to_string(), *limit);
+            }
+            demand.memory()
+        };
+        let (small, large) = (Some(128 * MIB), Some(512 * MIB));
+        let limited = vm(&[], limit(128 * MIB));
+        assert_eq!(of(&[small], limited).unwrap(), limited.0.memory);
+        assert_eq!(of(&[small, large, None], limited).unwrap(), (640 + 64 + 10) * MIB);
+        // What there is without a limit is for who has none.
+        let default = vm(&[], json!({}));
+        assert!(of(&[None], default).unwrap() <= default.0.memory);
+        assert!(of(&[small], default).unwrap() <= default.0.memory);
+        assert_eq!(of(&[large], default).unwrap(), (512 + 64 + 8) * MIB);
+        let more = of(&[None, large], default).unwrap();
+        assert!((768 * MIB..780 * MIB).contains(&more), "{more}");
+        // And who has named the size has named it for all.
+        let named = vm(&[(ANNOTATION_MEMORY, "1G")], json!({}));
+        assert!(of(&[None, large], named).unwrap() < 1 << 30);
+        for absurd in [&[Some(MAX_MEMORY)][..], &[Some(u64::MAX), Some(u64::MAX)]] {
+            assert!(matches!(of(absurd, default), Err(Error::Sum { .. })));
+        }
+    }
+
+    #[test]
+    fn a_container_counts_once_and_not_when_it_has_gone() {
+        let mut demand = Demand::new(VmSize { vcpus: 1, memory: 194 * MIB }, By::Limit);
+        let none = demand.memory().unwrap();
+        assert_eq!(demand.count("a", Some(64 * MIB)), None);
+        let one = demand.memory().unwrap();
+        assert_eq!(demand.count("a", Some(128 * MIB)), Some(Some(64 * MIB)));
+        assert!((64 * MIB..67 * MIB).contains(&(demand.memory().unwrap() - one)));
+        demand.forget("a");
+        assert_eq!(demand.memory().unwrap(), none);
     }
 
     #[test]

@@ -113,7 +113,7 @@ pub struct State {
     /// The limits in force: the bundle's, with what `update` changed.
     #[serde(default)]
     pub resources: LinuxResources,
-    /// The VM, which does not grow.
+    /// The VM, as large as it is now.
     pub vm: VmSize,
     /// Directory in the image store that goes with the container, if it was made from an image.
     #[serde(default, skip_serializing_if = "Option::is_none")]

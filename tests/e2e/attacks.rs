@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     case!(drivers_taken_from_their_devices_and_given_back_during_traffic).stockade_only(GUEST),
     case!(directories_that_hold_the_shared_files_are_the_supervisors).stockade_only(GUEST),
     case!(read_only_files_are_read_only_on_the_host_too).stockade_only(GUEST),
+    case!(memory_that_the_guest_was_not_given_is_none).stockade_only(GUEST),
     case!(fork_bomb_and_memory_hog_stay_in_their_guest).stockade_only(GUEST),
     case!(agent_without_its_connection_is_the_end_with_a_reason).stockade_only(GUEST),
     case!(agent_that_was_overwritten_is_the_end_with_a_reason).stockade_only(GUEST),
@@ -230,6 +231,25 @@ fn read_only_files_are_read_only_on_the_host_too() {
     assert_eq!(ended.text(), "mounts\nrootfs\ndone\n", "{ended:?}");
     assert_eq!(fs::read_to_string(dir.path().join("file")).unwrap(), "text");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+fn memory_that_the_guest_was_not_given_is_none() {
+    let runtime = Runtime::under_test();
+    let other = runtime.idle();
+    // Where the host would add memory, had somebody asked for it. The kernel believes it, to its own harm.
+    let script = "cd /sys/devices/system/memory; block=$((0x$(cat block_size_bytes))); echo lying; for n in 0 1 2 3; do \
+                  at=$((4294967296 + n * block)); echo $at > probe; echo online_movable > memory$((at / block))/state; \
+                  done; dd if=/dev/zero of=/dev/null bs=90M count=1";
+    let attacker = runtime.start(&privileged(Bundle::sh(script)), Stdin::Null);
+    attacker.program.expect_line("lying");
+    for _ in 0..sized(5, 50) {
+        works(&other);
+    }
+    // Unless that has been the end of it already.
+    attacker.op_with(&["kill"], &["KILL"]);
+    let ended = attacker.finish();
+    assert_ne!(ended.exit, Exit::Code(0), "{ended:?}");
+    works(&other);
 }
 
 fn fork_bomb_and_memory_hog_stay_in_their_guest() {

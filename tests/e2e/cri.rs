@@ -155,19 +155,30 @@ fn a_pod_is_measured_sized_and_limited() {
 
     let limit = || pod.output(&id, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max");
     assert_eq!(limit().lines().next(), Some("157286400"));
-    let linux = cri::LinuxContainerResources {
-        memory_limit_in_bytes: 100 << 20,
-        cpu_period: 100_000,
-        cpu_quota: 50_000,
-        ..Default::default()
+    let update = |memory: i64| {
+        let linux = cri::LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            cpu_period: 100_000,
+            cpu_quota: 50_000,
+            ..Default::default()
+        };
+        let linux = MessageField::some(linux);
+        let request =
+            cri::UpdateContainerResourcesRequest { container_id: id.clone(), linux, ..Default::default() };
+        let _: cri::Empty = pods.ask("UpdateContainerResources", &request);
     };
-    let request = cri::UpdateContainerResourcesRequest {
-        container_id: id.clone(),
-        linux: MessageField::some(linux),
-        ..Default::default()
-    };
-    let _: cri::Empty = pods.ask("UpdateContainerResources", &request);
+    update(100 << 20);
     assert_eq!(limit(), "104857600\n50000 100000");
+    // More than the pod's limits came to, when it was made.
+    let size = || state_of(&pod.id)["vm"]["memory"].as_u64().unwrap();
+    let began = size();
+    update(700 << 20);
+    assert_eq!(limit(), "734003200\n50000 100000");
+    assert!(size() > 700 << 20 && began < 700 << 20, "{began}, {}", size());
+    let take = "dd if=/dev/zero of=/dev/null bs=500M count=1 2>/dev/null && echo taken";
+    assert_eq!(pod.output(&id, take), "taken");
+    update(100 << 20);
+    assert_eq!(size(), began);
 }
 
 fn a_workload_is_asked_once_to_stop_and_then_killed() {

@@ -85,6 +85,10 @@ fn a_container_of_the_default_bridge_serves_is_watched_and_stopped() {
     assert!(stats["NetIO"].as_str().is_some_and(|io| !io.starts_with("0B / 0B")), "{stats}");
     docker.docker(&["update", "--cpus", "0.5", "--pids-limit", "40", "web"]).code(0);
     assert_eq!(exec("cd /sys/fs/cgroup; cat cpu.max pids.max").ok(), "50000 100000\n40\n");
+    docker.docker(&["update", "--memory", "700m", "--memory-swap", "700m", "web"]).code(0);
+    let take =
+        "cat /sys/fs/cgroup/memory.max; dd if=/dev/zero of=/dev/null bs=500M count=1 2>/dev/null; echo $?";
+    assert_eq!(exec(take).ok(), "734003200\n0\n");
     docker.docker(&["pause", "web"]).code(0);
     assert_eq!(docker.inspect("web", "/State/Status"), "paused");
     docker.docker(&["unpause", "web"]).code(0);
@@ -232,6 +236,6 @@ fn what_a_vm_cannot_honour_is_refused_by_name() {
         let refused = ended.refused();
         assert!(words.iter().all(|word| refused.contains(word)), "{options:?}: {refused}");
     }
-    let larger = docker.docker(&["update", "--memory", "2g", "--memory-swap", "2g", "aa"]).refused();
-    assert!(larger.contains("memory") && larger.contains("does not grow"), "{larger}");
+    let more = docker.docker(&["update", "--memory", "2t", "--memory-swap", "2t", "aa"]).refused();
+    assert!(more.contains("memory.limit") && more.contains("2199023255552"), "{more}");
 }

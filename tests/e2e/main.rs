@@ -23,6 +23,7 @@ mod endurance;
 mod exec;
 mod failure;
 mod fields;
+mod grow;
 mod image;
 mod install;
 mod isolation;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
         exec::CASES,
         failure::CASES,
         fields::CASES,
+        grow::CASES,
         image::CASES,
         install::CASES,
         isolation::CASES,

@@ -22,7 +22,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Has it share these namespaces with a container.
-fn sharing(bundle: Bundle, with: &Container, types: &[(&str, &str)]) -> Bundle {
+pub fn sharing(bundle: Bundle, with: &Container, types: &[(&str, &str)]) -> Bundle {
     let pid = with.pid();
     types.iter().fold(bundle, |bundle, (typ, file)| {
         let namespace = json!({"type": typ, "path": format!("/proc/{pid}/ns/{file}")});
@@ -30,7 +30,8 @@ fn sharing(bundle: Bundle, with: &Container, types: &[(&str, &str)]) -> Bundle {
     })
 }
 
-const NETWORK: (&str, &str) = ("network", "net");
+/// The network namespace, and its file.
+pub const NETWORK: (&str, &str) = ("network", "net");
 const IPC: (&str, &str) = ("ipc", "ipc");
 const UTS: (&str, &str) = ("uts", "uts");
 const PID: (&str, &str) = ("pid", "pid");

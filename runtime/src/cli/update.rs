@@ -1,7 +1,7 @@
 //! `stockade update`: other limits for a container that exists, applied while it runs.
 //!
-//! Limits stand in the container's cgroup in the guest and in its sandbox's cgroup on the host. The VM does not
-//! grow: what it could not give is refused.
+//! Limits stand in the container's cgroup in the guest and in its sandbox's cgroup on the host. The VM's memory grows with
+//! them, and shrinks as far as it can; vCPUs that it does not have it cannot get.
 
 use std::fs;
 use std::io::Read;

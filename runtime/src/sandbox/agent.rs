@@ -13,8 +13,9 @@ use nix::sys::signal::Signal;
 use stockade_agent_protocol::messages::{
     ContainerRequest, CreateContainerRequest, DeleteContainerRequest, Empty, EnterRequest, ExecRequest,
     ForgetRequest, HandshakeRequest, HandshakeResponse, MakeVolumeRequest, Process, ProcessRequest,
-    ResizeRequest, SetNetworkRequest, SetPodRequest, SetupSandboxRequest, ShutdownRequest, SignalRequest,
-    StatsResponse, Stdio, UpdateRequest, WaitResponse, event,
+    ResizeRequest, SetMemoryRequest, SetMemoryResponse, SetNetworkRequest, SetPodRequest,
+    SetupSandboxRequest, ShutdownRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitResponse,
+    event,
 };
 use stockade_agent_protocol::service::AgentClient;
 use stockade_agent_protocol::{PROTOCOL_VERSION, SHARE_TAG};
@@ -37,6 +38,10 @@ const STATE_MAX: usize = 8;
 
 /// How long an agent may take to pass a SIGKILL on: milliseconds, unless the guest has its reasons.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a guest may take to get used to other memory: milliseconds for each 128 MiB, and seconds to move what is
+/// in memory that it is to lose.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Longest message of the guest that is shown, in characters.
 const MESSAGE_MAX: usize = 1000;
@@ -166,6 +171,15 @@ impl Agent {
     pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), Error> {
         let request = UpdateRequest { container_id: id.into(), resources, ..Default::default() };
         call(self.0.update(context(), &request)).await.map(drop)
+    }
+
+    /// Has the guest use so many bytes of what is added in blocks from `start` on. Gives up when it takes too long.
+    pub async fn set_memory(&self, start: u64, block: u64, bytes: u64) -> Result<SetMemoryResponse, Error> {
+        let request = SetMemoryRequest { start, block, bytes, ..Default::default() };
+        let set = call(self.0.set_memory(context(), &request));
+        let mut reply = timeout(MEMORY_TIMEOUT, set).await.map_err(|_| Error::Slow)??;
+        reply.reason = printable(&reply.reason, MESSAGE_MAX);
+        Ok(reply)
     }
 
     /// Reads what it uses.

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use oci_spec::runtime::Spec;
@@ -12,6 +13,7 @@ use tokio::sync::{Mutex, Notify};
 use super::agent::Agent;
 use super::cgroup::Membership;
 use super::console::Console;
+use super::memory::Memory;
 use super::oom_score::OomScore;
 use super::timeline::Timeline;
 use super::vmm::Vmm;
@@ -20,7 +22,7 @@ use crate::bundle;
 use crate::guest_files::{self, GuestFiles};
 use crate::network::Network;
 use crate::process::ProcessId;
-use crate::size::VmSize;
+use crate::size::{By, VmSize};
 
 /// Guest console output for `--debug`.
 const DEBUG_CMDLINE: &str = "loglevel=7";
@@ -35,6 +37,7 @@ pub struct Spawned {
     console_end: OwnedFd,
     timeline: Timeline,
     outside: Vec<OwnedFd>,
+    cgroup: Option<PathBuf>,
 }
 
 /// What the host wants of a guest besides.
@@ -60,10 +63,11 @@ impl Sandbox {
             outside.extend(network.outside().map_err(|e| Error::Os("keep the network namespace", e))?);
         }
         let (console, console_end) = Console::new().map_err(|e| Error::Os("make the console pipe", e))?;
-        let cgroup = cgroup.map(Membership::make_for_vmm).transpose()?;
-        let vmm = Vmm::spawn(console_end.as_fd(), cgroup.as_ref().map(AsFd::as_fd))?;
+        let vmms = cgroup.map(Membership::make_for_vmm).transpose()?;
+        let vmm = Vmm::spawn(console_end.as_fd(), vmms.as_ref().map(AsFd::as_fd))?;
         timeline.mark("vmm_spawned");
-        Ok(Spawned { vmm, network, console, console_end, timeline, outside })
+        let cgroup = cgroup.map(|cgroup| cgroup.path().to_owned());
+        Ok(Spawned { vmm, network, console, console_end, timeline, outside, cgroup })
     }
 }
 
@@ -74,16 +78,16 @@ impl Spawned {
     }
 
     /// Lets the VM boot for a container or a pod with this configuration, with a share and what is in it so far. Needs a
-    /// runtime around it.
+    /// runtime around it. The size comes with what its memory was chosen by.
     pub fn boot(
         self,
         spec: &Spec,
         share: Share,
-        size: VmSize,
+        (size, by): (VmSize, By),
         files: GuestFiles,
         wishes: Wishes,
     ) -> Result<Sandbox, Error> {
-        let Spawned { vmm, network, console, console_end, timeline, outside } = self;
+        let Spawned { vmm, network, console, console_end, timeline, outside, cgroup } = self;
         let tree = share.tree()?;
         let words = [(wishes.debug, DEBUG_CMDLINE), (wishes.enter, ENTER_CMDLINE)];
         let words: Vec<_> = words.into_iter().filter_map(|(wished, word)| wished.then_some(word)).collect();
@@ -112,6 +116,7 @@ impl Spawned {
             outside: outside.into(),
             first_run_ns: Cell::new(0),
             oom_score: OomScore::default(),
+            memory: Memory::new(size, by, cgroup),
             enter: wishes.enter,
             names: bundle::names_of_the_host(spec),
             view: RefCell::default(),

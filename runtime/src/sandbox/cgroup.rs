@@ -350,6 +350,25 @@ pub fn apply(path: &Path, limits: &LinuxResources, vm: VmSize) -> Result<(), Err
     write(path, &settings)
 }
 
+/// Has the host's limit of memory, where there is one, be right for a VM of this size.
+pub fn follow(path: &Path, vm: VmSize) -> Result<(), Error> {
+    let now = fs::read_to_string(path.join("memory.max")).unwrap_or_default();
+    if now.trim().parse::<u64>().is_err() {
+        return Ok(());
+    }
+    let settings = [memory_max(vm)];
+    if let Some(scope) = scope(path) {
+        systemd::set(&scope, &in_hierarchy(path), &settings)?;
+    }
+    write(path, &settings)
+}
+
+/// Below what a VM of this size takes the host would act first, and kill all of it.
+fn memory_max(vm: VmSize) -> Setting {
+    let most = vm.memory + vm.memory / TABLES_FRACTION + OVERHEAD;
+    set("linux.resources.memory.limit", "memory.max", most)
+}
+
 /// The name of the scope that a cgroup may be of.
 fn scope(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
@@ -392,11 +411,7 @@ fn settings(limits: &LinuxResources, vm: VmSize) -> Vec<Setting> {
     if let Some(memory) = limits.memory() {
         let limit = memory.limit().filter(|limit| *limit != 0);
         match limit {
-            // Below what a VM of this size takes the host would act first, and kill all of it.
-            Some(1..) => {
-                let most = vm.memory + vm.memory / TABLES_FRACTION + OVERHEAD;
-                settings.push(set("linux.resources.memory.limit", "memory.max", most));
-            }
+            Some(1..) => settings.push(memory_max(vm)),
             Some(_) => settings.push(set("linux.resources.memory.limit", "memory.max", "max")),
             None => {}
         }

@@ -17,6 +17,7 @@ use super::volumes::Volumes;
 use super::{Error, Sandbox, agent, cgroup, enter, run_hooks_in};
 use crate::bundle::guest::{self, Bind};
 use crate::network::{self, Demand};
+use crate::size;
 use crate::state::{State, StateDir, Status};
 
 /// How long execs of a container that has ended may take to be told so.
@@ -263,14 +264,33 @@ impl Container {
     async fn update(&self, fds: Vec<OwnedFd>) -> Result<(), String> {
         let bytes = control::read_attachment(fds).map_err(|e| e.to_string())?;
         let resources: LinuxResources = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
+        let limit = size::memory_limit(&resources).map_err(|e| e.to_string())?;
         let guests = serde_json::to_vec(&guest::guests_part(resources.clone())).map_err(|e| e.to_string())?;
-        self.sandbox.agent.update(&self.id(), guests).await.map_err(|e| e.to_string())?;
+        let before = self.sandbox.promise(&self.id(), limit).await.map_err(|e| e.to_string())?;
+        let updated = self.sandbox.agent.update(&self.id(), guests).await;
+        if updated.is_err() {
+            self.sandbox.restore(&self.id(), before);
+        }
+        self.sandbox.shrink().await;
+        self.save_size().map_err(|e| e.to_string())?;
+        updated.map_err(|e| e.to_string())?;
         let mut state = self.state.borrow_mut();
         if let Some(path) = &state.cgroup {
             cgroup::apply(path, &resources, state.vm).map_err(|e| e.to_string())?;
         }
         state.resources = resources;
         self.dir.save(&state).map_err(|e| e.to_string())
+    }
+
+    /// Writes down how big the VM is now.
+    pub fn save_size(&self) -> Result<(), Error> {
+        let size = self.sandbox.size();
+        self.state.borrow_mut().vm = size;
+        let keeper = self.first.as_deref().unwrap_or(self);
+        if self.first.is_some() && std::mem::replace(&mut keeper.state.borrow_mut().vm, size) == size {
+            return Ok(());
+        }
+        Ok(keeper.dir.save(&keeper.state.borrow())?)
     }
 
     async fn stats(&self) -> Result<OwnedFd, String> {

@@ -17,6 +17,7 @@ use super::container::Container;
 use super::control::{self, AsyncConversation, Listener, Reply, Request};
 use super::{Error, enter, join};
 use crate::bundle::{Bundle, guest, hooks};
+use crate::size;
 use crate::state::{StateDir, Status};
 
 /// The tasks of a container's conversations. They end with it.
@@ -77,16 +78,38 @@ impl Container {
         let listener = Listener::bind(&dir).map_err(os("make the control socket"))?;
         let further = self.further(dir, state, outside);
 
-        let result = further.live(talk, &bundle, wanted, &listener).await;
+        let result = match further.be_admitted(&bundle).await {
+            Ok(()) => further.live(talk, &bundle, wanted, &listener).await,
+            Err(e) => Err(e),
+        };
         let _ = further.sandbox.agent.delete(id).await;
         let mut parts = self.vm.volumes.borrow_mut().leave(id);
         parts.push(PathBuf::from(id));
         if let Err(e) = further.sandbox.unshare(&parts).await {
             tracing::warn!(container = id, "{e}");
         }
+        further.sandbox.discount(id);
         // Last: who waits for this container's end waits for this.
         drop(listener);
+        further.give_memory_back();
         result
+    }
+
+    /// Has the VM have the memory that the container may use.
+    async fn be_admitted(&self, bundle: &Bundle) -> Result<(), Error> {
+        self.sandbox.admit(&self.id(), size::memory_limit(&bundle.limits())?).await?;
+        self.save_size()
+    }
+
+    /// Has the VM have less memory again. Nobody waits for that.
+    fn give_memory_back(self: &Rc<Self>) {
+        let me = self.clone();
+        tokio::task::spawn_local(async move {
+            me.sandbox.shrink().await;
+            if let Err(e) = me.save_size() {
+                tracing::debug!("{e}");
+            }
+        });
     }
 
     /// The container's life, from its files in the share to its exit.

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
@@ -256,8 +256,14 @@ fn start(dir: &StateDir) -> Result<(), SandboxError> {
 
 /// Waits until the VM has nothing more of a container whose process on the host is gone; whether it has come to that.
 pub fn is_cleared(dir: &StateDir, timeout: Duration) -> bool {
-    // The supervisor lets the socket go last.
-    Conversation::connect(dir).map_or(true, |talk| talk.ended_within(timeout))
+    let deadline = Instant::now() + timeout;
+    // The supervisor lets the socket go last. One that still followed the container may have begun to answer.
+    while let Ok(talk) = Conversation::connect(dir) {
+        if !talk.ended_within(deadline.saturating_duration_since(Instant::now())) {
+            return false;
+        }
+    }
+    true
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ pub mod forward;
 mod further;
 pub mod join;
 pub mod launch;
+pub mod memory;
 mod meter;
 mod network;
 mod oom_score;
@@ -71,6 +72,7 @@ use agent::Agent;
 pub use boot::Wishes;
 use console::Console;
 pub use enter::{NOT_ALLOWED, enter};
+use memory::Memory;
 use oom_score::OomScore;
 pub use share::Share;
 use timeline::Timeline;
@@ -141,6 +143,9 @@ pub enum Error {
     /// a signal came before there was anything to pass it on to
     #[error("interrupted by {0} before the container was created")]
     Interrupted(nix::sys::signal::Signal),
+    /// memory that the VM was given lies idle
+    #[error("the guest does not take {} MiB of memory that its VM was given: {why}", bytes >> 20)]
+    NotUsed { bytes: u64, why: String },
     /// too early for it
     #[error("the VM has not booted yet: containers cannot be added")]
     NotBooted,
@@ -200,6 +205,7 @@ pub struct Sandbox {
     outside: Rc<[OwnedFd]>,
     first_run_ns: Cell<u64>,
     oom_score: OomScore,
+    memory: Memory,
     enter: bool,
     /// What the guest is called, where that is as the host is.
     names: [String; 2],

@@ -26,7 +26,7 @@ use crate::guest_files::GuestFiles;
 use crate::network::Network;
 use crate::process::ProcessId;
 use crate::records::{self, Record};
-use crate::size::VmSize;
+use crate::size::{self, VmSize};
 use crate::state::{SHARE, State, StateDir, Status};
 
 /// What is to be run.
@@ -94,7 +94,7 @@ fn run_to_its_end(
 
     let files = GuestFiles::open(&settings)?;
     let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let size = VmSize::of(bundle.spec.annotations().as_ref(), resources, &settings)?;
+    let (size, by) = VmSize::of(bundle.spec.annotations().as_ref(), resources, &settings)?;
     let adapted = guest::adapt(&bundle, &id)?;
     let os = |what| move |e: io::Error| Error::Os(what, e);
 
@@ -118,7 +118,8 @@ fn run_to_its_end(
     let share = Share::mount(reservation.dir().path().join(SHARE))?;
     share.add(&bundle, &adapted.binds)?;
     let wishes = Wishes { debug: launch.debug, enter: settings.enter };
-    let sandbox = spawned.boot(&bundle.spec, share, size, files, wishes)?;
+    let sandbox = spawned.boot(&bundle.spec, share, (size, by), files, wishes)?;
+    sandbox.count(&id, size::memory_limit(&bundle.limits())?);
     sandbox.add_oom_score(&bundle.spec);
     sandbox.know_resolv_conf(&bundle.spec);
     sandbox.keep_console(reservation.dir().path());

@@ -6,7 +6,7 @@
 //! gone.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -48,6 +48,9 @@ pub enum Error {
     /// a stream cannot be made
     #[error("cannot make a stream to the guest: {0}")]
     Stream(#[source] io::Error),
+    /// memory is not given or taken
+    #[error("the VM does not get other memory: {0}")]
+    Memory(String),
     /// an interface is not taken
     #[error("the VM does not take a network interface: {0}")]
     Network(String),
@@ -64,6 +67,9 @@ pub enum Ending {
     Died(String),
 }
 
+/// Who waits for the VMM to do something, or not and why.
+type Answer = oneshot::Sender<Result<(), String>>;
+
 /// A running VMM process.
 #[derive(Debug)]
 pub struct Vmm {
@@ -76,7 +82,9 @@ pub struct Vmm {
     /// Streams that were asked for and not answered.
     connecting: RefCell<HashSet<u64>>,
     /// Who waits for a network slot.
-    attaching: RefCell<HashMap<u8, oneshot::Sender<Result<(), String>>>>,
+    attaching: RefCell<HashMap<u8, Answer>>,
+    /// Who waits for memory, and how much. Answers come in the order of questions.
+    resizing: RefCell<VecDeque<(u64, Answer)>>,
 }
 
 impl Vmm {
@@ -94,6 +102,7 @@ impl Vmm {
             next_connect: Cell::new(1),
             connecting: RefCell::default(),
             attaching: RefCell::default(),
+            resizing: RefCell::default(),
         })
     }
 
@@ -152,6 +161,29 @@ impl Vmm {
     /// Sets the carrier of a network interface.
     pub fn set_link(&self, slot: u8, up: bool) -> Result<(), Error> {
         self.client.set_link(slot, up).map_err(|e| self.reason(e))
+    }
+
+    /// Has so many bytes of memory be in the VM besides what it began with. Answered while [`Vmm::watch`] runs.
+    pub async fn set_memory(&self, added_bytes: u64) -> Result<(), Error> {
+        let (tell, told) = oneshot::channel();
+        self.resizing.borrow_mut().push_back((added_bytes, tell));
+        self.client.set_memory(added_bytes).map_err(|e| self.reason(e))?;
+        match told.await {
+            Ok(result) => result.map_err(Error::Memory),
+            Err(_) => Err(Error::Memory("it has ended".into())),
+        }
+    }
+
+    /// Passes an answer on; whether it is one to what was asked, if it says what that was.
+    fn resized(&self, added_bytes: Option<u64>, result: Result<(), String>) -> bool {
+        match self.resizing.borrow_mut().pop_front() {
+            Some((asked, waiting)) if added_bytes.is_none_or(|added| added == asked) => {
+                // Who has asked may not wait any more.
+                let _ = waiting.send(result);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Passes an answer on; whether somebody has asked.
@@ -213,6 +245,10 @@ impl Vmm {
                         Event::NetworkAttached { slot } => self.attached(slot, Ok(())),
                         Event::NetworkRefused { slot, reason } => {
                             self.attached(slot, Err(printable(&reason, REASON_MAX)))
+                        }
+                        Event::MemorySet { added_bytes } => self.resized(Some(added_bytes), Ok(())),
+                        Event::MemoryRefused { reason } => {
+                            self.resized(None, Err(printable(&reason, REASON_MAX)))
                         }
                         // Nobody here asks for that.
                         Event::Paused | Event::Resumed => false,

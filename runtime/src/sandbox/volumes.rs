@@ -57,6 +57,13 @@ impl Volumes {
         Self { in_memory, ..Self::default() }
     }
 
+    /// Learns how much memory the VM has now.
+    pub fn have_memory(&mut self, bytes: u64) {
+        if let Some(in_memory) = &mut self.in_memory {
+            in_memory.memory = bytes;
+        }
+    }
+
     /// Learns of what has a place in the share already.
     pub fn know(&mut self, bind: &Bind, container: &str) {
         let file = identity(&bind.source);

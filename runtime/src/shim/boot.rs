@@ -18,7 +18,7 @@ use crate::sandbox::cgroup::{self, Membership};
 use crate::sandbox::reservation::Reservation;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{self, Sandbox, Share, Wishes};
-use crate::size::VmSize;
+use crate::size::{By, VmSize};
 use crate::state::{SHARE, State, StateDir, Status};
 
 /// What is known of a sandbox before it has a VM.
@@ -70,7 +70,7 @@ pub fn boot(plan: &Plan, spec: &Spec, pod: Option<&PodConfig>) -> Result<Booted,
     let settings = Settings::load()?;
     let files = GuestFiles::open(&settings)?;
     let mut shared = plan.role.is_pod().then(|| Shared::of(spec)).transpose()?;
-    let size = size(plan, spec, &settings)?;
+    let (size, by) = size(plan, spec, &settings)?;
     // The limits of a pod are its parent cgroup's, which is kubelet's to set.
     let limits = if plan.role.is_pod() { LinuxResources::default() } else { bundle::limits(spec) };
     let systemd = cgroup::is_systemd_path(spec);
@@ -109,7 +109,7 @@ pub fn boot(plan: &Plan, spec: &Spec, pod: Option<&PodConfig>) -> Result<Booted,
     dir.save(&state)?;
     let share = Share::mount(dir.path().join(SHARE))?;
     let wishes = Wishes { debug: plan.debug, enter: settings.enter };
-    let sandbox = spawned.boot(spec, share, size, files, wishes)?;
+    let sandbox = spawned.boot(spec, share, (size, by), files, wishes)?;
     sandbox.keep_console(dir.path());
     Ok(Booted {
         sandbox,
@@ -120,7 +120,7 @@ pub fn boot(plan: &Plan, spec: &Spec, pod: Option<&PodConfig>) -> Result<Booted,
     })
 }
 
-fn size(plan: &Plan, spec: &Spec, settings: &Settings) -> Result<VmSize, sandbox::Error> {
+fn size(plan: &Plan, spec: &Spec, settings: &Settings) -> Result<(VmSize, By), sandbox::Error> {
     if plan.role.is_pod() {
         return Ok(hints::size(spec.annotations().as_ref(), settings)?);
     }

@@ -9,7 +9,7 @@ use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use serde::Deserialize;
 
 use crate::config::{Settings, Sourced};
-use crate::size::{CPU_PERIOD, Error, MAX_VCPUS, VmSize};
+use crate::size::{By, CPU_PERIOD, Error, MAX_VCPUS, VmSize};
 
 /// containerd's annotations begin with it.
 const CRI: &str = "io.kubernetes.cri.sandbox-";
@@ -29,8 +29,11 @@ struct Hints {
     memory: i64,
 }
 
-/// Sizes the VM of a pod.
-pub fn size(annotations: Option<&HashMap<String, String>>, settings: &Settings) -> Result<VmSize, Error> {
+/// Sizes the VM of a pod. Tells what its memory was chosen by.
+pub fn size(
+    annotations: Option<&HashMap<String, String>>,
+    settings: &Settings,
+) -> Result<(VmSize, By), Error> {
     let hints = Hints::of(annotations)?;
     let mut settings = settings.clone();
     // Who requests CPUs without a limit gets as many, if the VM would have fewer.
@@ -87,12 +90,12 @@ mod tests {
 
     fn sized(annotations: &[(&str, &str)], settings: &Settings) -> Result<VmSize, Error> {
         let annotations = annotations.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        size(Some(&annotations), settings)
+        Ok(size(Some(&annotations), settings)?.0)
     }
 
     #[test]
     fn a_pod_has_the_sum_of_its_limits_and_what_the_guest_needs() {
-        let default = VmSize::of(None, None, &Settings::default()).unwrap();
+        let (default, _) = VmSize::of(None, None, &Settings::default()).unwrap();
         assert_eq!(sized(&[], &Settings::default()).unwrap(), default);
         let size = sized(
             &[

@@ -12,7 +12,7 @@ use std::time::Duration;
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::topics;
-use oci_spec::runtime::Hook;
+use oci_spec::runtime::{Hook, LinuxResources};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
@@ -31,7 +31,7 @@ use crate::records::{self, Record};
 use crate::sandbox::agent::{self, Exit};
 use crate::sandbox::stdio::Relays;
 use crate::sandbox::volumes::Volumes;
-use crate::sandbox::{self, Sandbox, forward};
+use crate::sandbox::{self, Sandbox, cgroup, forward};
 use crate::size::VmSize;
 
 /// How long the end of a VM may take to be known after the connection to its agent broke.
@@ -277,6 +277,45 @@ impl Pod {
             && let Err(e) = vm.unshare(&parts).await
         {
             tracing::warn!(container, "{e}");
+        }
+    }
+
+    /// Has a container's limit count no more for how big the VM is. Nobody waits until that has become smaller.
+    pub fn discount(self: &Rc<Self>, container: &str) {
+        let Ok(vm) = self.vm() else { return };
+        vm.discount(container);
+        let pod = self.clone();
+        tokio::task::spawn_local(async move {
+            let Ok(vm) = pod.vm() else { return };
+            vm.shrink().await;
+            if let Err(e) = pod.save_size() {
+                tracing::debug!("{e}");
+            }
+        });
+    }
+
+    /// Writes down how big the VM is now.
+    pub fn save_size(&self) -> Result<(), sandbox::Error> {
+        let Some(machine) = self.machine.get() else { return Ok(()) };
+        let size = machine.sandbox.size();
+        self.volumes.borrow_mut().have_memory(size.memory);
+        if std::mem::replace(&mut machine.state.borrow_mut().vm, size) == size {
+            return Ok(());
+        }
+        Ok(machine.dir().save(&machine.state.borrow())?)
+    }
+
+    /// Applies the host's part of new limits of a container, if it is what the VM is for. The cgroup of a pod is kubelet's.
+    pub fn limit_on_host(&self, container: &str, limits: &LinuxResources) -> Result<(), Error> {
+        let Some(machine) = self.machine.get().filter(|_| self.plan.role == Role::Single) else {
+            return Ok(());
+        };
+        let state = machine.state.borrow();
+        match &state.cgroup {
+            Some(path) if self.plan.id == container => {
+                cgroup::apply(path, limits, state.vm).map_err(|e| sandbox::Error::from(e).into())
+            }
+            _ => Ok(()),
         }
     }
 

@@ -12,7 +12,7 @@ use containerd_shim_protos::events::task::{
 };
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::topics;
-use oci_spec::runtime::{Hook, Hooks, Process as ProcessSpec};
+use oci_spec::runtime::{Hook, Hooks, LinuxResources, Process as ProcessSpec};
 use stockade_agent_protocol::check_id;
 use stockade_agent_protocol::messages::{MakeVolumeRequest, StatsResponse};
 
@@ -27,6 +27,7 @@ use crate::bundle::guest::{self, Adapted};
 use crate::bundle::{self, Bundle, hooks};
 use crate::printable::error_line;
 use crate::sandbox::{self, Adopted, Sandbox, agent};
+use crate::size;
 
 /// Where the root filesystem is in a bundle.
 pub const ROOTFS: &str = "rootfs";
@@ -109,6 +110,7 @@ impl Pod {
             }
             Err(e) => {
                 self.unshare(&id).await;
+                self.discount(&id);
                 rootfs::unmount_all(&root);
                 Err(e)
             }
@@ -128,6 +130,8 @@ impl Pod {
         let (bundle, adapted, here_for_it) = self.load(vm, id, path, theirs, &mut in_memory)?;
         vm.share(&bundle, &adapted.binds)?;
         drop(here_for_it);
+        vm.admit(id, size::memory_limit(&bundle.limits()).map_err(sandbox::Error::Size)?).await?;
+        self.save_size()?;
         for volume in &in_memory {
             if let Err(e) = vm.agent.make_volume(volume).await {
                 return Err(self.explain("make a volume in memory", e).await);
@@ -447,8 +451,26 @@ impl Pod {
             // There is no process for which it could mean anything.
             return Ok(());
         }
-        match self.vm()?.agent.update(id, resources).await {
-            Ok(()) => Ok(()),
+        let vm = self.vm()?;
+        let limits: LinuxResources = serde_json::from_slice(&resources)
+            .map_err(|e| Error::Invalid(format!("the new limits are no linux.resources object: {e}")))?;
+        // Nothing, or 0, leaves what there is.
+        let named = limits.memory().as_ref().and_then(|memory| memory.limit()).filter(|limit| *limit != 0);
+        let before = match named {
+            None => None,
+            Some(_) => {
+                let limit = size::memory_limit(&limits).map_err(sandbox::Error::Size)?;
+                Some(vm.promise(id, limit).await?)
+            }
+        };
+        let updated = vm.agent.update(id, resources).await;
+        if let (Err(_), Some(before)) = (&updated, before) {
+            vm.restore(id, before);
+        }
+        vm.shrink().await;
+        self.save_size()?;
+        match updated {
+            Ok(()) => self.limit_on_host(id, &limits),
             Err(e) => Err(self.explain("update the container's limits", e).await),
         }
     }
@@ -484,7 +506,7 @@ impl Pod {
     }
 
     /// Removes a process that has ended; with an init, its container.
-    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, Exited), Error> {
+    pub async fn delete(self: &Rc<Self>, id: &str, exec_id: &str) -> Result<(u32, Exited), Error> {
         let container = self.container(id)?;
         let process = container.process(exec_id)?;
         if process.stage() == Stage::Running {
@@ -518,13 +540,14 @@ impl Pod {
     }
 
     /// What a container leaves in the guest and in the share. The VM may be gone, and all of it with it.
-    async fn forget(&self, container: &Container) {
+    async fn forget(self: &Rc<Self>, container: &Container) {
         let hooks = container.hooks.poststop();
         if let Ok(vm) = self.vm()
             && let Err(e) = vm.agent.delete(&container.id).await
         {
             tracing::warn!(container = container.id, "the guest did not remove the container: {e}");
         }
+        self.discount(&container.id);
         self.unshare(&container.id).await;
         rootfs::unmount_all(&container.bundle.join(ROOTFS));
         if let Some(list) = hooks.as_ref().filter(|list| !list.is_empty()) {

@@ -49,7 +49,7 @@ const PARTS: &[&[&str]] = &[
     &["process::"],
     &["bad_input::", "check::", "install::", "isolation::", "operations::", "tty::", "wall::"],
     &["systemd::"],
-    &["limits::"],
+    &["limits::", "grow::"],
     &["exec::"],
 ];
 

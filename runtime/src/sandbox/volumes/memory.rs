@@ -31,7 +31,7 @@ pub struct InMemory {
     volumes: String,
     parts: String,
     /// Of the VM, bytes.
-    memory: u64,
+    pub memory: u64,
     /// Parts so far.
     lent: u32,
     known: Vec<Known>,
