@@ -27,7 +27,7 @@ const FRAGMENT: &str = include_str!("../../kernel.config");
 
 /// How many objects a build with that fragment compiles (lines `CC` and `AS` of its log), and what the whole
 /// build costs in processor time: only for the estimate, and measured with Debian's gcc 12.
-const EXPECTED_OBJECTS: usize = 1204;
+const EXPECTED_OBJECTS: usize = 1213;
 const EXPECTED_CPU_MINUTES: usize = 19;
 
 /// The file names in a cache entry.
