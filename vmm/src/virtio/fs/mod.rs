@@ -3,6 +3,7 @@
 //! [`share`] is the policy: what a guest may do to the directory. [`worker`] is the device's own thread, so
 //! that waiting for the host's disks never stalls the streams of the I/O thread.
 
+mod caller;
 mod limits;
 mod link;
 mod nodes;

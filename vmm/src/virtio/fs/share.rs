@@ -23,6 +23,7 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::caller::also_as;
 use super::limits::Limits;
 use super::link::{Known, link};
 use super::nodes::Nodes;
@@ -310,7 +311,7 @@ impl FileSystem for Share {
         if flags & !(libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) != 0 {
             return fail(libc::EINVAL);
         }
-        self.inner.rename(ctx, from, from_name, to, to_name, flags)
+        also_as(ctx, || self.inner.rename(ctx, from, from_name, to, to_name, flags))
     }
 
     fn link(&self, ctx: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
@@ -320,7 +321,8 @@ impl FileSystem for Share {
             let path = self.inner.readlinkat_proc_file(inode)?;
             io::Result::Ok(Known { path, attributes: self.inner.getattr(ctx, inode, None)?.0 })
         };
-        link(&known(inode)?, &known(parent)?, name)?;
+        let (file, parent_of_it) = (known(inode)?, known(parent)?);
+        also_as(ctx, || link(&file, &parent_of_it, name))?;
         self.known(ctx, parent, self.inner.lookup(ctx, parent, name)?)
     }
 
