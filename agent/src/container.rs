@@ -15,10 +15,11 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container as State, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
+use nix::mount::{MntFlags, umount2};
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Mount, Process as ProcessSpec};
+use oci_spec::runtime::{LinuxNamespace, LinuxResources, LinuxSeccomp, Mount, Process as ProcessSpec};
 use stockade_agent_protocol::messages::{CreateContainerRequest, ExecRequest, Stdio as Wanted};
-use stockade_agent_protocol::{SHARE_MOUNT_POINT, check_id};
+use stockade_agent_protocol::{POD_USER_NAMESPACE, SHARE_MOUNT_POINT, check_id};
 
 use crate::cgroup::Cgroup;
 use crate::console::Console;
@@ -32,7 +33,7 @@ use crate::oom::OomWatch;
 use crate::pod;
 use crate::reaper::Reaper;
 use crate::sandbox;
-use crate::spec::{self, Ids, ProcessFacts};
+use crate::spec::{self, Adapted, Ids, ProcessFacts};
 use crate::stdio::{self, ChildEnds, Drain, Ends, Relays, Rendezvous};
 use crate::supervise::{Made, Process};
 use crate::volumes;
@@ -41,6 +42,8 @@ use crate::volumes;
 pub const STATE_DIR: &str = "/run/stockade/state";
 /// The `config.json` of each container as libcontainer gets it.
 pub const BUNDLE_DIR: &str = "/run/stockade/bundles";
+/// User namespaces of containers that are being made.
+const USERS_DIR: &str = "/run/stockade/users";
 /// Sockets on which terminals arrive.
 pub const CONSOLE_DIR: &str = "/run/stockade/consoles";
 
@@ -52,10 +55,28 @@ pub struct Containers {
     pub events: Arc<Events>,
     reaper: Reaper,
     oom: Mutex<Option<Arc<OomWatch>>>,
-    /// Whether there is the pid namespace that a pod's containers share.
-    pod_pid_namespace: tokio::sync::Mutex<bool>,
+    /// Which namespaces there are that a pod's containers share.
+    pod_namespaces: tokio::sync::Mutex<PodNamespaces>,
     /// `None` while a container is being made.
     all: Mutex<HashMap<String, Option<Arc<Container>>>>,
+}
+
+/// Those that are there.
+#[derive(Default)]
+struct PodNamespaces {
+    /// With these mappings.
+    user: Option<[String; 2]>,
+    pid: bool,
+}
+
+/// A namespace that is kept in a file, which goes when this is dropped.
+struct Kept(String);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let _ = umount2(self.0.as_str(), MntFlags::MNT_DETACH);
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 /// One container, created and perhaps started.
@@ -85,7 +106,7 @@ impl Containers {
             events: Arc::default(),
             reaper,
             oom: Mutex::new(None),
-            pod_pid_namespace: tokio::sync::Mutex::new(false),
+            pod_namespaces: tokio::sync::Mutex::default(),
             all: Mutex::default(),
         })
     }
@@ -159,9 +180,20 @@ impl Containers {
         for (name, value) in &adapted.network_sysctls {
             set_sysctl(name, value)?;
         }
-        if adapted.in_pod_pid_namespace {
-            self.pod_pid_namespace().await?;
+        if adapted.in_pod_user_namespace || adapted.in_pod_pid_namespace {
+            self.pod_namespaces(&adapted).await?;
         }
+        for lent in spec::lent_by_capability(&adapted.spec) {
+            // What has been set is meant.
+            if !adapted.network_sysctls.contains_key(lent.name) && sysctl_is(lent.name, lent.default) {
+                set_sysctl(lent.name, lent.value)?;
+            }
+        }
+        mounts::prepare(&adapted.spec)?;
+        let users = match spec::own_user_namespace(&mut adapted.spec) {
+            Some(namespace) => Some(self.user_namespace(id, namespace, &adapted.ids).await?),
+            None => None,
+        };
         cgroup.create(adapted.resources.as_ref())?;
         let bundle = PathBuf::from(BUNDLE_DIR).join(id);
         let config = serde_json::to_vec(&adapted.spec)
@@ -200,6 +232,7 @@ impl Containers {
         let drain = if adapted.own_pid_namespace { Drain::ToTheEnd } else { Drain::WhatIsThere };
         let streams = (wanted, ends, console);
         let init = self.follow(&mut helper, (id, ""), &facts, streams, drain, cgroup).await;
+        drop(users);
         let init = init.map_err(hooks::name_failure)?;
         if !adapted.finish.is_empty() {
             let (pid, finish) = (init.pid, adapted.finish);
@@ -222,16 +255,53 @@ impl Containers {
         })
     }
 
-    /// Makes the pid namespace that a pod's containers share, with the first of them.
-    async fn pod_pid_namespace(&self) -> Result<(), Error> {
-        let mut made = self.pod_pid_namespace.lock().await;
-        if !*made {
-            let mut helper = Helper::fork(&self.reaper, |_| match pod::make_pid_namespace() {
+    /// Makes a container's own user namespace, because libcontainer leaves that to programs that are not here where it
+    /// has more than one range of ids. The container's init keeps it.
+    async fn user_namespace(
+        &self,
+        id: &str,
+        namespace: &mut LinuxNamespace,
+        ids: &Ids,
+    ) -> Result<Kept, Error> {
+        let file = Kept(format!("{USERS_DIR}/{id}"));
+        let (ids, path) = (ids.clone(), file.0.clone());
+        self.aside(move || pod::make_user_namespace(&ids, &path)).await?;
+        namespace.set_path(Some(file.0.clone().into()));
+        Ok(file)
+    }
+
+    /// Makes the namespaces that a pod's containers share, with the first that wants them.
+    async fn pod_namespaces(&self, wanted: &Adapted) -> Result<(), Error> {
+        let mut made = self.pod_namespaces.lock().await;
+        if wanted.in_pod_user_namespace {
+            let maps = wanted.ids.maps();
+            if made.user.as_ref().is_some_and(|others| *others != maps) {
+                return Err(Error::Invalid(
+                    "linux.uidMappings and gidMappings must be those of the pod's other containers, with which it shares a \
+                     user namespace"
+                        .into(),
+                ));
+            }
+            if made.user.is_none() {
+                let ids = wanted.ids.clone();
+                let mut helper = Helper::fork(&self.reaper, move |_| {
+                    match pod::make_user_namespace(&ids, POD_USER_NAMESPACE) {
+                        Ok(()) => Record::Done(None),
+                        Err(e) => Record::Failed(e.to_string()),
+                    }
+                })?;
+                helper.outcome().await?;
+                made.user = Some(maps);
+            }
+        }
+        if wanted.in_pod_pid_namespace && !made.pid {
+            let users = made.user.is_some();
+            let mut helper = Helper::fork(&self.reaper, move |_| match pod::make_pid_namespace(users) {
                 Ok(init) => Record::Done(Some(init)),
                 Err(e) => Record::Failed(e.to_string()),
             })?;
             helper.outcome().await?;
-            *made = true;
+            made.pid = true;
         }
         Ok(())
     }
@@ -580,6 +650,12 @@ pub fn set_sysctl(name: &str, value: &str) -> Result<(), Error> {
     let path = Path::new("/proc/sys").join(name.replace('.', "/"));
     fs::write(path, value)
         .map_err(|e| Error::Invalid(format!("linux.sysctl {name} = {value:?} cannot be set: {e}")))
+}
+
+/// Whether a sysctl has a value, whatever space is between its words.
+fn sysctl_is(name: &str, value: &str) -> bool {
+    let now = fs::read_to_string(Path::new("/proc/sys").join(name.replace('.', "/"))).unwrap_or_default();
+    now.split_whitespace().eq(value.split(' '))
 }
 
 fn remove_dir(path: &Path) -> Result<(), Error> {

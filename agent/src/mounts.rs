@@ -36,6 +36,22 @@ pub enum Finish {
     ReadOnly(PathBuf),
 }
 
+/// Where the guest's message queues are mounted.
+pub const GUESTS_QUEUES: &str = "/run/stockade/mqueue";
+
+/// Mounts the guest's message queues, where a container is to have them.
+pub fn prepare(spec: &Spec) -> Result<(), Error> {
+    let queues = Path::new(GUESTS_QUEUES);
+    let mut mounts = spec.mounts().iter().flatten();
+    if queues.exists() || !mounts.any(|mount| mount.source().as_deref() == Some(queues)) {
+        return Ok(());
+    }
+    let failed = |e| Error::os(format!("mounting message queues on {GUESTS_QUEUES}"), e);
+    std::fs::create_dir_all(queues).map_err(failed)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("mqueue"), queues, Some("mqueue"), flags, None::<&str>).map_err(|e| failed(e.into()))
+}
+
 /// Options that say nothing about the file systems of a guest: they are about inode versions, lazy times, mandatory
 /// locks (gone from Linux 5.15 on) and what the kernel logs, or are the state that a mount is in anyway.
 const WITHOUT_EFFECT: [&str; 18] = [
@@ -63,9 +79,12 @@ const WITHOUT_EFFECT: [&str; 18] = [
 pub fn take_over(spec: &mut Spec) -> Vec<Finish> {
     let mut finish = Vec::new();
     let own_users = namespaces(spec).any(|typ| typ == LinuxNamespaceType::User);
+    let own_ipc = namespaces(spec).any(|typ| typ == LinuxNamespaceType::Ipc);
     for mount in spec.mounts_mut().iter_mut().flatten() {
-        if own_users && mount.typ().as_deref() == Some("sysfs") {
-            bind_sysfs(mount);
+        match mount.typ().as_deref() {
+            Some("sysfs") if own_users => bind_guests(mount, "/sys"),
+            Some("mqueue") if own_users && !own_ipc => bind_guests(mount, GUESTS_QUEUES),
+            _ => {}
         }
         take_over_mount(mount, &mut finish);
     }
@@ -148,10 +167,11 @@ fn namespaces(spec: &Spec) -> impl Iterator<Item = LinuxNamespaceType> {
     all.into_iter().flatten().map(|namespace| namespace.typ())
 }
 
-/// The kernel lets nobody mount a sysfs but who owns the network namespace, which in a VM is the guest's. So a
-/// container with users of its own gets the guest's sysfs, as it does of any host whose network it shares.
-fn bind_sysfs(mount: &mut Mount) {
-    mount.set_typ(Some("bind".into())).set_source(Some("/sys".into()));
+/// The kernel lets nobody mount a sysfs but who owns the network namespace, which in a VM is the guest's, and no message
+/// queues but who owns the ipc namespace, which in a pod is the guest's too. So a container with users of its own gets
+/// the guest's, as it does of any host whose network and whose ipc namespace it shares.
+fn bind_guests(mount: &mut Mount, source: &str) {
+    mount.set_typ(Some("bind".into())).set_source(Some(source.into()));
     mount.options_mut().get_or_insert_default().push("rbind".into());
 }
 
@@ -300,6 +320,21 @@ mod tests {
         let mount = &taken(config).1["mounts"][0];
         assert_eq!((&mount["type"], &mount["source"]), (&json!("bind"), &json!("/sys")));
         assert_eq!(mount["options"], json!(["ro", "rbind"]));
+    }
+
+    #[test]
+    fn message_queues_are_the_guests_where_its_ipc_namespace_is_the_containers() {
+        let with = |namespaces: Value| {
+            let taken = taken(json!({
+                "ociVersion": "1.0.2",
+                "mounts": [{"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid"]}],
+                "linux": {"namespaces": namespaces},
+            }));
+            taken.1["mounts"][0]["source"].clone()
+        };
+        assert_eq!(with(json!([{"type": "mount"}])), "mqueue");
+        assert_eq!(with(json!([{"type": "mount"}, {"type": "user"}, {"type": "ipc"}])), "mqueue");
+        assert_eq!(with(json!([{"type": "mount"}, {"type": "user"}])), GUESTS_QUEUES);
     }
 
     #[test]

@@ -1,27 +1,32 @@
-//! What the containers of a pod share: the guest's own uts and ipc namespaces, a file system for shared memory, and a
-//! pid namespace if one of them asks for it.
+//! What the containers of a pod share: the guest's own uts and ipc namespaces, a file system for shared memory, a user
+//! namespace if the pod has one, and a pid namespace if one of them asks for it.
 //!
-//! That last one has an init, the only process that a pod ever needs beside its containers' own: it takes over orphans
-//! and reaps them. Every container in the namespace sees it, so it is this program executed anew, with nothing of the
-//! agent's in its memory, no capability, and an empty root.
+//! That last one belongs to the user namespace, where there is one. It has an init, the only process that a pod ever
+//! needs beside its containers' own: it takes over orphans and reaps them. Every container in the namespace sees it, so
+//! it is this program executed anew, with nothing of the agent's in its memory, no capability, and an empty root.
 
 use std::ffi::CString;
 use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::{ForkResult, Gid, Pid, Uid, chdir, chroot, execv, fork, setgroups, setresgid, setresuid};
+use nix::unistd::{
+    ForkResult, Gid, Pid, Uid, chdir, chroot, execv, fork, pipe2, setgroups, setresgid, setresuid,
+};
 use stockade_agent_protocol::messages::SetPodRequest;
-use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_SHM};
+use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_SHM, POD_USER_NAMESPACE};
 
 use crate::container::set_sysctl;
 use crate::error::Error;
 use crate::sandbox::set_names;
+use crate::spec::Ids;
 
 /// The name under which this program is the init of the shared pid namespace, as a pod's users know it.
 const PAUSE: &str = "pause";
@@ -46,31 +51,111 @@ pub fn set(request: &SetPodRequest) -> Result<(), Error> {
         .map_err(|e| Error::os(format!("mounting a tmpfs on {POD_SHM}"), e))
 }
 
-/// Makes the shared pid namespace, with a process in it that keeps it. To be called in a process that ends with it.
-/// Returns that process, which is then the agent's child.
-pub fn make_pid_namespace() -> Result<Pid, Error> {
-    let failed = |what: &str, e: Errno| Error::os(format!("{what} of the pod's pid namespace"), e);
-    let file = |e| Error::os(format!("making {POD_PID_NAMESPACE}"), e);
-    fs::create_dir_all(EMPTY).map_err(file)?;
-    File::create(POD_PID_NAMESPACE).map_err(file)?;
-    let program = c"/proc/self/exe";
-    let name = CString::new(PAUSE).unwrap_or_default();
-    unshare(CloneFlags::CLONE_NEWPID).map_err(|e| failed("making", e))?;
-    // SAFETY: this process has one thread.
-    match unsafe { fork() }.map_err(|e| failed("forking the init", e))? {
-        ForkResult::Child => {
-            let _ = execv(program, &[name]);
-            // SAFETY: ends this process at once.
-            unsafe { libc::_exit(1) }
+/// Makes a user namespace with these mappings, and keeps it in a file. To be called in a process that ends with it.
+pub fn make_user_namespace(ids: &Ids, file: &str) -> Result<(), Error> {
+    let failed =
+        |e: io::Error| Error::os("making a user namespace with linux.uidMappings and gidMappings", e);
+    let member = Member::fork(|| {
+        unshare(CloneFlags::CLONE_NEWUSER)?;
+        Ok(0)
+    })
+    .map_err(failed)?;
+    for (name, map) in ["uid_map", "gid_map"].into_iter().zip(ids.maps()) {
+        fs::write(format!("/proc/{}/{name}", member.pid), map).map_err(failed)?;
+    }
+    member.keep("user", file).map_err(failed)
+}
+
+/// Makes the shared pid namespace, with a process in it that keeps it: in the shared user namespace, if `users` says that
+/// there is one. To be called in a process that ends with it. Returns that process, which is then the agent's child.
+pub fn make_pid_namespace(users: bool) -> Result<Pid, Error> {
+    let failed = |e: io::Error| Error::os("making the pod's pid namespace", e);
+    fs::create_dir_all(EMPTY).map_err(failed)?;
+    let member = Member::fork(|| {
+        if users {
+            setns(File::open(POD_USER_NAMESPACE)?, CloneFlags::CLONE_NEWUSER)?;
+            be(0)?;
         }
-        ForkResult::Parent { child } => {
-            // Of the process's parent the file is the one of the children to come.
-            let namespace = Path::new("/proc/self/ns/pid_for_children");
-            mount(Some(namespace), POD_PID_NAMESPACE, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-                .map_err(|e| failed("keeping", e))?;
-            Ok(child)
+        unshare(CloneFlags::CLONE_NEWPID)?;
+        // SAFETY: this process has one thread.
+        match unsafe { fork() }? {
+            ForkResult::Child => {
+                let _ = execv(c"/proc/self/exe", &[CString::new(PAUSE).unwrap_or_default()]);
+                // SAFETY: ends this process at once.
+                unsafe { libc::_exit(1) }
+            }
+            ForkResult::Parent { child } => Ok(child.as_raw()),
+        }
+    })
+    .map_err(failed)?;
+    let init = Pid::from_raw(member.word);
+    // Of the process's parent the file is the one of the children to come.
+    member.keep("pid_for_children", POD_PID_NAMESPACE).map_err(failed)?;
+    Ok(init)
+}
+
+/// A process in namespaces of its own, for somebody outside to keep them, who still may: it only waits.
+struct Member {
+    pid: Pid,
+    /// What it said when it had.
+    word: i32,
+    /// It ends when this is closed.
+    _gate: OwnedFd,
+}
+
+impl Member {
+    /// Forks it. To be called in a process with one thread.
+    fn fork(enter: impl FnOnce() -> io::Result<i32>) -> io::Result<Self> {
+        let (word, word_end) = pipe2(OFlag::O_CLOEXEC)?;
+        let (gate_end, gate) = pipe2(OFlag::O_CLOEXEC)?;
+        // SAFETY: this process has one thread.
+        match unsafe { fork() }? {
+            ForkResult::Child => {
+                drop((word, gate));
+                let said = match enter() {
+                    Ok(word) => [0, word],
+                    Err(e) => [e.raw_os_error().unwrap_or(libc::EIO), 0],
+                };
+                let bytes = said.map(i32::to_ne_bytes).concat();
+                let _ = File::from(word_end).write_all(&bytes);
+                let _ = File::from(gate_end).read(&mut [0]);
+                // SAFETY: ends this process at once.
+                unsafe { libc::_exit(0) }
+            }
+            ForkResult::Parent { child } => {
+                drop((word_end, gate_end));
+                let mut said = [0; 8];
+                File::from(word).read_exact(&mut said)?;
+                let [error, word] = [0, 4].map(|at| {
+                    let mut number = [0; 4];
+                    number.copy_from_slice(&said[at..at + 4]);
+                    i32::from_ne_bytes(number)
+                });
+                match error {
+                    0 => Ok(Self { pid: child, word, _gate: gate }),
+                    error => Err(io::Error::from_raw_os_error(error)),
+                }
+            }
         }
     }
+
+    /// Keeps one of its namespaces in a file.
+    fn keep(&self, namespace: &str, file: &str) -> io::Result<()> {
+        if let Some(directory) = Path::new(file).parent() {
+            fs::create_dir_all(directory)?;
+        }
+        File::create(file)?;
+        let namespace = format!("/proc/{}/ns/{namespace}", self.pid);
+        Ok(mount(Some(namespace.as_str()), file, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
+    }
+}
+
+/// Becomes this user, of this group and no other.
+fn be(id: u32) -> nix::Result<()> {
+    let (user, group) = (Uid::from_raw(id), Gid::from_raw(id));
+    setgroups(&[])?;
+    setresgid(group, group, group)?;
+    setresuid(user, user, user)
 }
 
 /// Whether this process is to be the init of the shared pid namespace.
@@ -96,7 +181,5 @@ pub fn pause() -> ! {
 fn give_everything_up() -> nix::Result<()> {
     chroot(EMPTY)?;
     chdir("/")?;
-    setgroups(&[])?;
-    setresgid(Gid::from_raw(NOBODY), Gid::from_raw(NOBODY), Gid::from_raw(NOBODY))?;
-    setresuid(Uid::from_raw(NOBODY), Uid::from_raw(NOBODY), Uid::from_raw(NOBODY))
+    be(NOBODY)
 }

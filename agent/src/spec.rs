@@ -7,11 +7,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capabilities, Capability, Hook, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceType,
-    LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
+    Capabilities, Capability, Hook, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespace,
+    LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
 
-use stockade_agent_protocol::POD_PID_NAMESPACE;
+use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_USER_NAMESPACE};
 
 use crate::error::Error;
 use crate::mounts::{self, Finish};
@@ -39,6 +39,8 @@ pub struct Adapted {
     pub own_pid_namespace: bool,
     /// It shares the pod's.
     pub in_pod_pid_namespace: bool,
+    /// It shares the pod's user namespace.
+    pub in_pod_user_namespace: bool,
     /// Host name and domain name for a uts namespace that is another container's: libcontainer names only those that it
     /// makes, where other runtimes name one that is shared as well.
     pub names: Option<[String; 2]>,
@@ -52,6 +54,15 @@ pub struct Ids {
 }
 
 impl Ids {
+    /// The maps of the namespace, of users and of groups, as user_namespaces(7) has them.
+    pub fn maps(&self) -> [String; 2] {
+        [&self.uids, &self.gids].map(|mappings| {
+            let line =
+                |of: &LinuxIdMapping| format!("{} {} {}\n", of.container_id(), of.host_id(), of.size());
+            mappings.iter().map(line).collect()
+        })
+    }
+
     fn of(linux: &Linux) -> Self {
         Ids {
             uids: linux.uid_mappings().clone().unwrap_or_default(),
@@ -126,10 +137,12 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     linux.set_seccomp(None);
     let own_pid_namespace =
         linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Pid && n.path().is_none());
-    let in_pod_pid_namespace = linux.namespaces().iter().flatten().any(|namespace| {
-        namespace.typ() == LinuxNamespaceType::Pid
-            && namespace.path().as_deref() == Some(Path::new(POD_PID_NAMESPACE))
-    });
+    let shares = |typ: LinuxNamespaceType, path: &str| {
+        let mut all = linux.namespaces().iter().flatten();
+        all.any(|namespace| namespace.typ() == typ && namespace.path().as_deref() == Some(Path::new(path)))
+    };
+    let in_pod_pid_namespace = shares(LinuxNamespaceType::Pid, POD_PID_NAMESPACE);
+    let in_pod_user_namespace = shares(LinuxNamespaceType::User, POD_USER_NAMESPACE);
     let shares_uts =
         linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Uts && n.path().is_some());
     let has_network = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Network);
@@ -158,8 +171,50 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
         start_hooks,
         own_pid_namespace,
         in_pod_pid_namespace,
+        in_pod_user_namespace,
         names,
     })
+}
+
+/// What everybody in the guest may do with its network, once a container with users of its own has the capability: that
+/// would be worth nothing there, because the network is not of its user namespace.
+pub struct Lent {
+    capability: Capability,
+    /// Of the sysctl.
+    pub name: &'static str,
+    /// The kernel's, as it shows it, with one space between words.
+    pub default: &'static str,
+    pub value: &'static str,
+}
+
+const LENT: [Lent; 2] = [
+    Lent {
+        capability: Capability::NetBindService,
+        name: "net.ipv4.ip_unprivileged_port_start",
+        default: "1024",
+        value: "0",
+    },
+    Lent {
+        capability: Capability::NetRaw,
+        name: "net.ipv4.ping_group_range",
+        default: "1 0",
+        value: "0 2147483647",
+    },
+];
+
+/// What a container has lent to it.
+pub fn lent_by_capability(spec: &Spec) -> impl Iterator<Item = &'static Lent> {
+    let namespaces = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+    let own_users = namespaces.into_iter().any(|one| one.typ() == LinuxNamespaceType::User);
+    let sets = spec.process().as_ref().and_then(|process| process.capabilities().as_ref());
+    let bounding = sets.and_then(|sets| sets.bounding().clone()).filter(|_| own_users).unwrap_or_default();
+    LENT.iter().filter(move |lent| bounding.contains(&lent.capability))
+}
+
+/// The user namespace that is to be made for a container alone.
+pub fn own_user_namespace(spec: &mut Spec) -> Option<&mut LinuxNamespace> {
+    let namespaces = spec.linux_mut().as_mut()?.namespaces_mut().as_mut()?;
+    namespaces.iter_mut().find(|one| one.typ() == LinuxNamespaceType::User && one.path().is_none())
 }
 
 /// Adapts a process, of a container or of an exec.
@@ -328,9 +383,28 @@ mod tests {
         assert!(!other.own_pid_namespace && !other.in_pod_pid_namespace);
         config["linux"]["namespaces"][0]["path"] = json!(POD_PID_NAMESPACE);
         let pods = adapted(&config).unwrap();
-        assert!(!pods.own_pid_namespace && pods.in_pod_pid_namespace);
+        assert!(!pods.own_pid_namespace && pods.in_pod_pid_namespace && !pods.in_pod_user_namespace);
+        config["linux"]["namespaces"][0] = json!({"type": "user", "path": POD_USER_NAMESPACE});
+        config["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 9, "size": 1}]);
+        config["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 8, "size": 7}]);
+        let users = adapted(&config).unwrap();
+        assert!(users.in_pod_user_namespace && !users.in_pod_pid_namespace);
+        assert_eq!(users.ids.maps(), ["0 9 1\n", "0 8 7\n"]);
         config["linux"]["namespaces"] = json!([{"type": "mount"}]);
         assert!(!adapted(&config).unwrap().own_pid_namespace);
+    }
+
+    #[test]
+    fn capabilities_over_the_network_are_lent_to_who_has_users_of_its_own() {
+        let lent = |namespaces: Value| {
+            let mut config = config();
+            config["linux"]["namespaces"] = namespaces;
+            config["process"]["capabilities"] = json!({"bounding": ["CAP_NET_RAW", "CAP_CHOWN"]});
+            let adapted = adapted(&config).unwrap();
+            lent_by_capability(&adapted.spec).map(|lent| lent.name).collect::<Vec<_>>()
+        };
+        assert_eq!(lent(json!([{"type": "mount"}])), [""; 0]);
+        assert_eq!(lent(json!([{"type": "mount"}, {"type": "user"}])), ["net.ipv4.ping_group_range"]);
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub const SHARE_TAG: &str = "share";
 pub const SHARE_MOUNT_POINT: &str = "/run/stockade/share";
 /// Path of the pid namespace that a pod's containers share, in their configuration. It is made with the first of them.
 pub const POD_PID_NAMESPACE: &str = "/run/stockade/pod/pid";
+/// Path of the user namespace that they share, if the pod has one, with the mappings of the first of them.
+pub const POD_USER_NAMESPACE: &str = "/run/stockade/pod/user";
 /// Shared memory of a pod's containers.
 pub const POD_SHM: &str = "/run/stockade/pod/shm";
 /// Volumes of a pod that are in the guest's memory, by their numbers.
