@@ -88,6 +88,7 @@ fn main() -> ExitCode {
         shared::CASES,
         limits::CASES,
         mounts::CASES,
+        mounts::ids::CASES,
         network::CASES,
         network::changes::CASES,
         network::traffic::CASES,

@@ -1,6 +1,8 @@
 //! The container sees the file systems its bundle describes, with their options, and what it writes to the
 //! host's directories is there on the host.
 
+pub mod ids;
+
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 

@@ -177,6 +177,13 @@ fn options_of_run_reach_the_workload() {
 
     let mapped = podman.run(&["--uidmap", "0:100000:5000"], "id -u; cut -c1-40 /proc/self/uid_map").code(0);
     assert_eq!(mapped.text().split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "5000"]);
+    let volume_of_its_own = format!("{}:/v:idmap", volume.display());
+    let options = ["--uidmap", "0:100000:5000", "--volume", &volume_of_its_own];
+    let said = podman.run(&options, "stat -c %u:%g /v /v/file; touch /v/mapped; chown 3:700 /v/mapped").ok();
+    assert_eq!(said, "1000:1001\n0:0\n");
+    let made = fs::metadata(volume.join("mapped")).unwrap();
+    let owner = std::os::unix::fs::MetadataExt::uid(&made);
+    assert_eq!((owner, std::os::unix::fs::MetadataExt::gid(&made)), (3, 700));
 }
 
 fn files_are_copied_in_and_out_and_committed() {

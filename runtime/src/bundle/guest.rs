@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
 use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_SHM, SHARE_MOUNT_POINT};
 
+use super::idmap::{self, IdMap};
 use super::pod::is_shm;
 use super::validate::{is_bind, is_overlay};
 use super::{Bundle, Error, MOUNT_OPTIONS};
@@ -27,6 +28,8 @@ pub struct Bind {
     pub overlay: Option<String>,
     /// Below the share directory.
     pub target: PathBuf,
+    /// Whose its files are, where that is not as on the host.
+    pub ids: Option<IdMap>,
     /// With what is mounted below the source.
     pub recursive: bool,
     /// How much of it is read-only.
@@ -95,14 +98,14 @@ pub enum Placed {
 
 /// Takes a bundle apart for the container `id`, which must have passed the check of ids.
 pub fn adapt(bundle: &Bundle, id: &str) -> Result<Adapted, Error> {
-    adapt_with(bundle, id, |bind| Placed::Shared { target: bind.target.clone(), bind: Some(bind) })
+    adapt_with(bundle, id, |bind| Ok(Placed::Shared { target: bind.target.clone(), bind: Some(bind) }))
 }
 
 /// The same, with each bind mount where `place` says; it is given what would be made at a place of the container's own.
 pub fn adapt_with(
     bundle: &Bundle,
     id: &str,
-    mut place: impl FnMut(Bind) -> Placed,
+    mut place: impl FnMut(Bind) -> Result<Placed, Error>,
 ) -> Result<Adapted, Error> {
     let mut spec = bundle.spec.clone();
     let base = Path::new(id);
@@ -112,6 +115,7 @@ pub fn adapt_with(
     let mut binds = vec![Bind {
         source: bundle.rootfs.clone(),
         overlay: None,
+        ids: None,
         target: rootfs.clone(),
         recursive: true,
         readonly: if bundle.readonly_root() { ReadOnly::Top } else { ReadOnly::No },
@@ -123,7 +127,7 @@ pub fn adapt_with(
     let root_follows = root_follows(&spec);
     let mut mounts = Vec::new();
     let mut number = 0;
-    for mount in spec.mounts_mut().iter_mut().flatten() {
+    for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         let mut shown = ShownMount {
             destination: mount.destination().clone(),
             target: None,
@@ -135,6 +139,11 @@ pub fn adapt_with(
             mounts.push(shown);
             continue;
         }
+        let ids = match &overlay {
+            Some(_) => None,
+            None => IdMap::of(index, mount, bundle.spec.linux().as_ref())?,
+        };
+        idmap::take_out(mount);
         if bundle.joined.shm && is_shm(mount.destination()) {
             mount.set_source(Some(POD_SHM.into()));
             mounts.push(shown);
@@ -151,11 +160,12 @@ pub fn adapt_with(
         let placed = place(Bind {
             source,
             overlay,
+            ids,
             target: base.join("mounts").join(number.to_string()),
             recursive: is_recursive(mount),
             readonly: readonly(mount),
             follows: follows(mount).unwrap_or(root_follows),
-        });
+        })?;
         number += 1;
         let (source, bind) = match placed {
             Placed::Shared { target, bind } => {
@@ -254,6 +264,7 @@ fn adapt_hooks(spec: &Spec, base: &Path, binds: &mut Vec<Bind>) -> Option<Hooks>
         binds.push(Bind {
             source: hook.path().clone(),
             overlay: None,
+            ids: None,
             target: target.clone(),
             recursive: false,
             readonly: ReadOnly::Top,
@@ -408,6 +419,28 @@ mod tests {
                 "options": ["ro", "nosuid", "private", "rbind"],
             })
         );
+    }
+
+    #[test]
+    fn ids_are_mapped_on_the_host_and_not_once_more_in_the_guest() {
+        let mappings = json!([{"containerID": 0, "hostID": 1000, "size": 10}]);
+        let (adapted, spec) = adapted(json!({"mounts": [
+            {
+                "destination": "/a", "type": "bind", "source": "/etc", "options": ["rbind", "ridmap", "ro"],
+                "uidMappings": mappings, "gidMappings": mappings,
+            },
+            {"destination": "/b", "source": "/etc", "options": ["bind", "idmap=uids=0-5-1;gids=0-6-1"]},
+        ]}));
+        let ids = |n: usize| adapted.binds[n].ids.as_ref().map(|ids| (ids.maps(), ids.recursive));
+        assert_eq!(ids(0), None);
+        assert_eq!(ids(1), Some((["0 1000 10\n".to_owned(), "0 1000 10\n".into()], true)));
+        assert_eq!(ids(2), Some((["0 5 1\n".to_owned(), "0 6 1\n".into()], false)));
+        let source = "/run/stockade/share/c1/mounts/0";
+        assert_eq!(
+            spec["mounts"][0],
+            json!({"destination": "/a", "type": "bind", "source": source, "options": ["rbind", "ro"]})
+        );
+        assert_eq!(spec["mounts"][1]["options"], json!(["bind"]));
     }
 
     #[test]

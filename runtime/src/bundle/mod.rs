@@ -6,6 +6,7 @@
 
 pub mod guest;
 pub mod hooks;
+mod idmap;
 mod options;
 pub mod pod;
 mod program;
@@ -20,6 +21,7 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, Spec};
 use serde::{Deserialize, Serialize};
 use stockade_agent_protocol::resources::Refused;
 
+pub use idmap::IdMap;
 pub use oci_spec::runtime::Hook;
 pub use options::MOUNT_OPTIONS;
 use pod::{Joined, Shared};

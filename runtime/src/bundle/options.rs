@@ -1,7 +1,7 @@
 //! Options of a mount that are understood, as `features` shows them.
 
-/// Options that become flags, attributes or propagation in the guest. Not among them: `shared`, `remount` and id mapping,
-/// which the share between host and guest cannot give.
+/// Options that become flags, attributes or propagation in the guest, and those that map ids on the host. Not among them:
+/// `shared` and `remount`, which the share between host and guest cannot give.
 pub const MOUNT_OPTIONS: &[&str] = &[
     "acl",
     "async",
@@ -12,6 +12,7 @@ pub const MOUNT_OPTIONS: &[&str] = &[
     "diratime",
     "dirsync",
     "exec",
+    "idmap",
     "iversion",
     "lazytime",
     "loud",
@@ -35,6 +36,7 @@ pub const MOUNT_OPTIONS: &[&str] = &[
     "rdiratime",
     "relatime",
     "rexec",
+    "ridmap",
     "rnoatime",
     "rnodev",
     "rnodiratime",

@@ -19,6 +19,7 @@ pub mod control;
 mod enter;
 pub mod forward;
 mod further;
+pub mod idmap;
 pub mod join;
 pub mod launch;
 pub mod memory;

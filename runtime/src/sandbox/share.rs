@@ -21,6 +21,7 @@ use nix::sys::stat::{Mode, mkdirat};
 
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::idmap;
 use crate::bundle::guest::{Bind, ReadOnly};
 use crate::bundle::{self, Bundle};
 
@@ -39,6 +40,9 @@ pub enum Error {
     /// a root or a volume cannot be put into it
     #[error("cannot bind {source_path} into the share: {error}")]
     Bind { source_path: PathBuf, error: io::Error },
+    /// the ids of a volume's files cannot be mapped
+    #[error("cannot map the ids of {source_path}: {error}")]
+    IdMap { source_path: PathBuf, error: idmap::Error },
     /// an overlay cannot be mounted in it
     #[error("cannot mount an overlay with the options {options:?}: {error}")]
     Overlay { options: String, error: io::Error },
@@ -122,10 +126,16 @@ impl Share {
         let failed = |error: io::Error| Error::Bind { source_path: bind.source.clone(), error };
         let target = self.path.join(&bind.target);
         let recursive = if bind.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
-        match &bind.overlay {
-            Some(options) => mount_overlay(&bind.source, &target, options)
+        match (&bind.overlay, &bind.ids) {
+            (Some(options), _) => mount_overlay(&bind.source, &target, options)
                 .map_err(|error| Error::Overlay { options: options.clone(), error })?,
-            None => {
+            (None, Some(ids)) => {
+                self.make_mount_point(&bind.source, &target).map_err(failed)?;
+                let tree = idmap::copy(&bind.source, bind.recursive, ids)
+                    .map_err(|error| Error::IdMap { source_path: bind.source.clone(), error })?;
+                idmap::attach(&tree, &target).map_err(failed)?;
+            }
+            (None, None) => {
                 self.make_mount_point(&bind.source, &target).map_err(failed)?;
                 let flags = MsFlags::MS_BIND | recursive;
                 mount(Some(&bind.source), &target, None::<&str>, flags, None::<&str>)
@@ -392,6 +402,7 @@ pub(crate) mod tests {
                     .bind(&Bind {
                         source,
                         overlay: None,
+                        ids: None,
                         target: target.into(),
                         recursive: true,
                         readonly,

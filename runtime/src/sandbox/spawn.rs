@@ -43,6 +43,11 @@ impl Child {
         self.pid.as_raw()
     }
 
+    /// One that has just been forked.
+    pub fn of(pid: Pid) -> Self {
+        Child { pid, status: None }
+    }
+
     /// Kills it, unless it has been waited for.
     pub fn kill(&self) {
         if self.status.is_none() {
@@ -94,10 +99,10 @@ pub fn spawn(
         gate_writer: gate.as_raw_fd(),
         failure: failure_end.as_raw_fd(),
     };
-    let mut child = match clone_into_namespaces(cgroup)? {
+    let mut child = match clone_into(NAMESPACES, cgroup)? {
         // SAFETY: this is the child, and all that `program` points to was copied with it.
         None => unsafe { program.run() },
-        Some(pid) => Child { pid, status: None },
+        Some(pid) => Child::of(pid),
     };
     drop((gate_end, failure_end, stdin, stdout, stderr));
     let started = prepare(&child, gate).and_then(|()| {
@@ -145,18 +150,18 @@ fn onto_itself(map: &str) -> String {
 }
 
 /// fork(2) into new namespaces, and into a cgroup (Linux 5.7): moving there later would wait for the whole machine.
-/// `None` in the child.
-fn clone_into_namespaces(cgroup: Option<BorrowedFd>) -> io::Result<Option<Pid>> {
+/// `None` in the child, which must make async-signal-safe calls only.
+pub fn clone_into(namespaces: libc::c_int, cgroup: Option<BorrowedFd>) -> io::Result<Option<Pid>> {
     // SAFETY: zero is a value of all its numbers.
     let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
-    how.flags = NAMESPACES as u64;
+    how.flags = namespaces as u64;
     how.exit_signal = libc::SIGCHLD as u64;
     if let Some(cgroup) = cgroup {
         how.flags |= CLONE_INTO_CGROUP;
         how.cgroup = cgroup.as_raw_fd() as u64;
     }
     // SAFETY: clone3(2) without CLONE_VM and with no stack is fork(2): the child goes on with a copy of this one's
-    // memory. It only makes the async-signal-safe calls of `Program::run`.
+    // memory. What it does then is up to who asked for it.
     match unsafe { libc::syscall(libc::SYS_clone3, &how, size_of_val(&how)) } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(None),

@@ -223,7 +223,8 @@ mod tests {
             for (source, target) in [("root", "c/rootfs"), ("volume", "c/mounts/0"), ("shm", "c/mounts/1")] {
                 let (source, target) = (place.join(source), target.into());
                 let readonly = ReadOnly::No;
-                let bind = Bind { source, overlay: None, target, recursive: true, readonly, follows: true };
+                let (overlay, ids) = (None, None);
+                let bind = Bind { source, overlay, ids, target, recursive: true, readonly, follows: true };
                 share.bind(&bind).unwrap();
             }
             let shown = Shown {

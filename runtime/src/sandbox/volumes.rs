@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use stockade_agent_protocol::messages::MakeVolumeRequest;
 
 use super::share::identity;
+use crate::bundle::Error;
 use crate::bundle::guest::{Bind, Placed, ReadOnly};
 use memory::InMemory;
 
@@ -71,11 +72,17 @@ impl Volumes {
     }
 
     /// Finds the place of what a container mounts. What the guest is to make for that is added to `wanted`.
-    pub fn place(&mut self, bind: Bind, container: &str, wanted: &mut Vec<MakeVolumeRequest>) -> Placed {
-        let in_memory = self.in_memory.as_mut().and_then(|all| all.place(&bind.source, container));
-        if let Some((path, request)) = in_memory {
+    pub fn place(
+        &mut self,
+        bind: Bind,
+        container: &str,
+        wanted: &mut Vec<MakeVolumeRequest>,
+    ) -> Result<Placed, Error> {
+        if let Some(all) = &mut self.in_memory
+            && let Some((path, request)) = all.place(&bind.source, container, bind.ids.as_ref())?
+        {
             wanted.push(request);
-            return Placed::InGuest(path);
+            return Ok(Placed::InGuest(path));
         }
         let file = identity(&bind.source);
         let is_pods_own = self.in_memory.as_ref().is_some_and(|pod| pod.is_empty_dir(&bind.source));
@@ -87,13 +94,13 @@ impl Volumes {
         };
         if let Some(known) = self.all.iter_mut().find(same) {
             known.users.insert(container.into());
-            return Placed::Shared { target: known.bind.target.clone(), bind: None };
+            return Ok(Placed::Shared { target: known.bind.target.clone(), bind: None });
         }
         let target = Path::new(DIRECTORY).join(self.made.to_string());
         self.made += 1;
         let bind = Bind { target: target.clone(), ..bind };
         self.all.push(Volume { bind: bind.clone(), file, users: [container.into()].into() });
-        Placed::Shared { target, bind: Some(bind) }
+        Ok(Placed::Shared { target, bind: Some(bind) })
     }
 
     /// A container is gone. Returns where in the share there is what nobody mounts any more.
@@ -119,6 +126,7 @@ mod tests {
         Bind {
             source: source.into(),
             overlay: None,
+            ids: None,
             target: "c/mounts/0".into(),
             recursive: true,
             readonly,
@@ -127,7 +135,7 @@ mod tests {
     }
 
     fn place(volumes: &mut Volumes, bind: Bind, container: &str) -> (PathBuf, Option<Bind>) {
-        match volumes.place(bind, container, &mut Vec::new()) {
+        match volumes.place(bind, container, &mut Vec::new()).unwrap() {
             Placed::Shared { target, bind } => (target, bind),
             other => panic!("{other:?}"),
         }

@@ -29,7 +29,7 @@ pub fn check(spec: &Spec) -> Result<(), Error> {
     check_process(process)?;
     let can_mount = mounts::can_mount(spec);
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        check_mount(index, mount, can_mount)?;
+        check_mount(index, mount, spec.linux().as_ref(), can_mount)?;
     }
     check_linux(spec)?;
     check_hooks(spec)?;
@@ -207,6 +207,10 @@ mod tests {
             ),
             (
                 json!({"mounts": [{"destination": "/a", "type": "bind", "source": "/", "options": ["idmap"]}]}),
+                "mounts[0].options idmap",
+            ),
+            (
+                json!({"mounts": [{"destination": "/a", "type": "tmpfs", "source": "tmpfs", "options": ["idmap"]}]}),
                 "mounts[0].uidMappings",
             ),
             (

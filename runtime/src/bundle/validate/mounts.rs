@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use oci_spec::runtime::{Capability, Mount, Spec};
+use oci_spec::runtime::{Capability, Linux, Mount, Spec};
 
 use super::{unsupported, value};
+use crate::bundle::idmap::{self, IdMap};
 use crate::bundle::pod::leads_across;
 use crate::bundle::{Error, MOUNT_OPTIONS};
 
@@ -25,25 +26,28 @@ pub fn is_overlay(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("overlay") && !is_bind(mount)
 }
 
-pub(super) fn check_mount(index: usize, mount: &Mount, can_mount: bool) -> Result<(), Error> {
+pub(super) fn check_mount(
+    index: usize,
+    mount: &Mount,
+    linux: Option<&Linux>,
+    can_mount: bool,
+) -> Result<(), Error> {
     let field = |name: &str| format!("mounts[{index}].{name}");
     if mount.destination().as_os_str().is_empty() {
         return value(&field("destination"), "", "give a path in the container");
     }
-    if mount.uid_mappings().as_ref().is_some_and(|m| !m.is_empty())
-        || mount.gid_mappings().as_ref().is_some_and(|m| !m.is_empty())
-        || mount.options().iter().flatten().any(|o| o == "idmap" || o == "ridmap")
-    {
-        return unsupported(
-            &field("uidMappings"),
-            "the shared file system has no id-mapped mounts; remove it",
-        );
-    }
     if is_bind(mount) {
+        IdMap::of(index, mount, linux)?;
         if mount.source().as_ref().is_none_or(|source| source.as_os_str().is_empty()) {
             return value(&field("source"), "", "a bind mount needs a source");
         }
         return check_bind_options(&field("options"), mount, can_mount);
+    }
+    if idmap::is_asked_for(mount) {
+        return unsupported(
+            &field("uidMappings"),
+            "only bind mounts are id-mapped, a new file system has no files of others; remove it, and idmap",
+        );
     }
     if mount.options().iter().flatten().any(|option| option == "remount") {
         return unsupported(
@@ -84,6 +88,7 @@ fn check_bind_options(field: &str, mount: &Mount, can_mount: bool) -> Result<(),
             }
             "shared" | "rshared" | "defaults" | "bind" | "rbind" | "copy" | "nocopy" => {}
             known if MOUNT_OPTIONS.contains(&known) => {}
+            ids if idmap::is_option(ids) => {}
             unknown => return value(field, unknown, "no bind mount has this option; remove it"),
         }
     }

@@ -6,7 +6,8 @@
 //!
 //! It stays the host's if there is a file in it before the first container mounts it: somebody has put that there to
 //! be seen. Directories do not count, since kubelet makes those that containers mount by subPath. What has been decided
-//! of a volume holds for all containers, because all have to find the same in it.
+//! of a volume holds for all containers, because all have to find the same in it. Where the pod has users of its own, the
+//! volume is made with the owners that its mapping shows: what containers put there has theirs anyway.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -20,6 +21,7 @@ use stockade_agent_protocol::messages::{MakeVolumeRequest, VolumeDirectory, Volu
 use stockade_agent_protocol::{POD_PARTS, POD_VOLUMES};
 
 use crate::bundle::guest::unescape;
+use crate::bundle::{Error, IdMap};
 
 /// Most directories among which a file is looked for; who has made more is not kubelet.
 const DIRECTORIES: usize = 1000;
@@ -43,6 +45,8 @@ struct Known {
     device: u64,
     /// Its number in the guest, unless it stays the host's.
     number: Option<u32>,
+    /// How the first container has ids mapped.
+    maps: Option<[String; 2]>,
 }
 
 impl InMemory {
@@ -59,19 +63,38 @@ impl InMemory {
     }
 
     /// If a container mounts something of a volume in memory: where the guest has it, and what to have it make first.
-    pub fn place(&mut self, source: &Path, container: &str) -> Option<(PathBuf, MakeVolumeRequest)> {
+    pub fn place(
+        &mut self,
+        source: &Path,
+        container: &str,
+        ids: Option<&IdMap>,
+    ) -> Result<Option<(PathBuf, MakeVolumeRequest)>, Error> {
+        let Some((device, root)) = self.tmpfs_of(source) else { return Ok(None) };
+        let Some(number) = self.number(device, &root, ids)? else { return Ok(None) };
+        Ok(self.lend(source, root, number, container, ids))
+    }
+
+    /// The volume in memory that a directory is of: its device and its root.
+    fn tmpfs_of(&self, source: &Path) -> Option<(u64, PathBuf)> {
         let found = fs::metadata(source).ok().filter(fs::Metadata::is_dir)?;
         let root = self.volume_of(source)?;
         let device = fs::metadata(&root).ok()?.dev();
         // What is mounted elsewhere in the volume is none of it.
-        if device != found.dev() || !is_root_of_tmpfs(&root) {
-            return None;
-        }
-        let number = self.number(device, &root)?;
+        (device == found.dev() && is_root_of_tmpfs(&root)).then_some((device, root))
+    }
+
+    fn lend(
+        &mut self,
+        source: &Path,
+        root: PathBuf,
+        number: u32,
+        container: &str,
+        ids: Option<&IdMap>,
+    ) -> Option<(PathBuf, MakeVolumeRequest)> {
         let mut request = MakeVolumeRequest {
             number,
             bytes: self.size(&root),
-            root: Some(directory(&root, OsStr::new(""))?).into(),
+            root: Some(directory(&root, OsStr::new(""), ids)?).into(),
             ..Default::default()
         };
         let Some(below) = path_in_file_system(source, &root) else {
@@ -88,7 +111,7 @@ impl InMemory {
         let mut path = Vec::new();
         for name in &below {
             so_far.push(name);
-            path.push(directory(&so_far, name)?);
+            path.push(directory(&so_far, name, ids)?);
         }
         self.lent += 1;
         let place = Path::new(POD_PARTS).join(container).join(self.lent.to_string());
@@ -110,13 +133,21 @@ impl InMemory {
     }
 
     /// The volume's number, if it is the guest's.
-    fn number(&mut self, device: u64, root: &Path) -> Option<u32> {
+    fn number(&mut self, device: u64, root: &Path, ids: Option<&IdMap>) -> Result<Option<u32>, Error> {
+        let maps = ids.map(IdMap::maps);
         if let Some(known) = self.known.iter().find(|known| known.device == device) {
-            return known.number;
+            return match known.number {
+                Some(_) if known.maps != maps => Err(Error::Unsupported {
+                    field: format!("uidMappings of the mount of {}", root.display()),
+                    reason: "another container of the pod mounts this volume in memory with other mappings; give both \
+                             the same",
+                }),
+                number => Ok(number),
+            };
         }
         let number = u32::try_from(self.known.len()).ok().filter(|_| !has_file(root));
-        self.known.push(Known { device, number });
-        number
+        self.known.push(Known { device, number, maps });
+        Ok(number)
     }
 
     /// What fits into the volume on the host, but no more than the VM has.
@@ -171,13 +202,15 @@ fn root_of_mount(mountinfo: &str, point: &Path) -> Option<PathBuf> {
     Some(at_point.next()?.strip_prefix("/").ok()?.to_owned())
 }
 
-fn directory(path: &Path, name: &OsStr) -> Option<VolumeDirectory> {
+fn directory(path: &Path, name: &OsStr, ids: Option<&IdMap>) -> Option<VolumeDirectory> {
     let found = fs::metadata(path).ok()?;
+    let of_host = (found.uid(), found.gid());
+    let (uid, gid) = ids.map_or(of_host, |ids| ids.shown(of_host.0, of_host.1));
     Some(VolumeDirectory {
         name: name.as_bytes().into(),
         mode: found.mode() & 0o7777,
-        uid: found.uid(),
-        gid: found.gid(),
+        uid,
+        gid,
         ..Default::default()
     })
 }
@@ -212,15 +245,37 @@ mod tests {
             let large = made(dir.path(), "kubernetes.io~empty-dir/large");
             tmpfs(&large, "size=1t");
             let mut all = InMemory::of("the-pod", MEMORY);
-            let (path, request) = all.place(&root, "a").unwrap();
+            let (path, request) = all.place(&root, "a", None).unwrap().unwrap();
             assert_eq!(path, Path::new("/run/stockade/pod/volumes/0"));
             assert_eq!((request.bytes, request.root.mode, request.part.is_none()), (1 << 20, 0o2777, true));
-            let (path, request) = all.place(&large, "a").unwrap();
+            let (path, request) = all.place(&large, "a", None).unwrap().unwrap();
             assert_eq!((path, request.bytes), ("/run/stockade/pod/volumes/1".into(), MEMORY));
             // What appears on the host later changes nothing.
             fs::write(root.join("file"), "").unwrap();
-            assert_eq!(all.place(&root, "b").unwrap().0, Path::new("/run/stockade/pod/volumes/0"));
-            assert_eq!(all.place(&root.join("file"), "b"), None);
+            assert_eq!(
+                all.place(&root, "b", None).unwrap().unwrap().0,
+                Path::new("/run/stockade/pod/volumes/0")
+            );
+            assert_eq!(all.place(&root.join("file"), "b", None).unwrap(), None);
+        });
+    }
+
+    #[test]
+    fn a_volume_has_the_owners_that_the_pods_mapping_shows() {
+        let dir = tempfile::tempdir().unwrap();
+        in_namespace(|| {
+            let root = made(dir.path(), "kubernetes.io~empty-dir/v");
+            tmpfs(&root, "size=1m,gid=2000");
+            fs::create_dir(root.join("part")).unwrap();
+            let ids = IdMap::of_containerd("0:100000:65536", "0:200000:65536").unwrap();
+            let mut all = InMemory::of("the-pod", MEMORY);
+            let (_, request) = all.place(&root.join("part"), "a", Some(&ids)).unwrap().unwrap();
+            assert_eq!((request.root.uid, request.root.gid), (100_000, 202_000));
+            let part = &request.part.path[0];
+            assert_eq!((part.uid, part.gid), (100_000, 200_000));
+            assert!(all.place(&root, "b", Some(&ids)).unwrap().is_some());
+            let error = all.place(&root, "c", None).unwrap_err().to_string();
+            assert!(error.contains("other mappings"), "{error}");
         });
     }
 
@@ -237,7 +292,7 @@ mod tests {
             mount(Some(&root.join("a/b c")), &part, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
             let mut all = InMemory::of("the-pod", MEMORY);
             for source in [part, root.join("a/b c")] {
-                let (path, request) = all.place(&source, "main").unwrap();
+                let (path, request) = all.place(&source, "main", None).unwrap().unwrap();
                 let part = request.part.unwrap();
                 assert_eq!(path, Path::new("/run/stockade/pod/parts/main").join(part.number.to_string()));
                 let path: Vec<_> = part.path.iter().map(|part| (part.name.as_slice(), part.mode)).collect();
@@ -251,7 +306,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         in_namespace(|| {
             let mut all = InMemory::of("the-pod", MEMORY);
-            let mut stays = |source: &Path| assert_eq!(all.place(source, "a"), None, "{}", source.display());
+            let mut stays = |source: &Path| {
+                assert_eq!(all.place(source, "a", None).unwrap(), None, "{}", source.display())
+            };
             stays(&made(dir.path(), "kubernetes.io~empty-dir/on-disk"));
             let secret = made(dir.path(), "kubernetes.io~projected/token");
             tmpfs(&secret, "");
