@@ -1,13 +1,18 @@
 //! `stockade features`: what this runtime can do, in the structure of the runtime specification (features.md).
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Outcome, print};
 use crate::bundle::{CAPABILITIES, MOUNT_OPTIONS};
 use crate::size::{ANNOTATION_MEMORY, ANNOTATION_VCPUS};
 
 pub fn features() -> Outcome {
-    let features = json!({
+    print(&format!("{:#}\n", structure()))
+}
+
+/// What it prints, which containerd's shim answers too.
+pub fn structure() -> Value {
+    json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.3.0",
         "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
@@ -31,7 +36,7 @@ pub fn features() -> Outcome {
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "mountExtensions": {"idmap": {"enabled": true}},
             "netDevices": {"enabled": false},
         },
         "annotations": {
@@ -39,8 +44,7 @@ pub fn features() -> Outcome {
             "io.stockade.annotations": format!("{ANNOTATION_VCPUS},{ANNOTATION_MEMORY}"),
         },
         "potentiallyUnsafeConfigAnnotations": [ANNOTATION_VCPUS, ANNOTATION_MEMORY],
-    });
-    print(&format!("{features:#}\n"))
+    })
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ mod delete;
 mod enter;
 mod events;
 mod exec;
-mod features;
+pub mod features;
 mod image;
 mod install;
 mod kill;

@@ -34,9 +34,11 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 
+use crate::cli::features;
 use crate::sandbox::cgroup;
 use crate::{bundle, network, sandbox, state};
 use flags::Action;
@@ -45,6 +47,8 @@ use flags::Action;
 const NAME: &str = "containerd-shim-stockade-v2";
 /// The type.
 const RUNTIME: &str = "io.containerd.stockade.v2";
+/// What containerd calls the features structure of the runtime specification, which it has as JSON.
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 /// State of sandboxes lies below it, in a directory for each namespace: `stockade --root DIR list` shows them.
 pub const STATE: &str = "/run/containerd/stockade";
 
@@ -93,10 +97,17 @@ pub fn main(process_start_ns: u64) -> ExitCode {
     }
 }
 
+/// What containerd asks before it gives a container id-mapped mounts, and kubelet before it gives a pod users of its own.
 fn info() -> Result<(), Error> {
     let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() };
-    let info =
-        RuntimeInfo { name: RUNTIME.into(), version: MessageField::some(version), ..Default::default() };
+    let features = features::structure().to_string();
+    let features = Any { type_url: FEATURES.into(), value: features.into(), ..Default::default() };
+    let info = RuntimeInfo {
+        name: RUNTIME.into(),
+        version: MessageField::some(version),
+        features: MessageField::some(features),
+        ..Default::default()
+    };
     let bytes = info.write_to_bytes().map_err(|e| Error::Os("encode the answer", e.into()))?;
     io::stdout().write_all(&bytes).map_err(os("answer"))
 }
