@@ -17,7 +17,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, LinuxResources, Process, Spec};
 use serde::{Deserialize, Serialize};
 use stockade_agent_protocol::resources::Refused;
 
@@ -89,6 +89,9 @@ pub struct Bundle {
     /// What it takes part in of a pod's.
     pub joined: Joined,
 }
+
+/// A user and a group of the host.
+pub type Owner = (u32, u32);
 
 /// Errors of a bundle. Each names the field.
 #[derive(Debug, thiserror::Error)]
@@ -192,6 +195,16 @@ impl Bundle {
     /// Whether the workload has a terminal.
     pub fn terminal(&self) -> bool {
         self.spec.process().as_ref().and_then(|p| p.terminal()).unwrap_or(false)
+    }
+
+    /// Whom the container's root is outside of its user namespace, if it has one.
+    pub fn root_user(&self) -> Option<Owner> {
+        let linux = self.spec.linux().as_ref()?;
+        let root = |mappings: &Option<Vec<LinuxIdMapping>>| {
+            let mapping = mappings.iter().flatten().find(|mapping| mapping.container_id() == 0)?;
+            Some(mapping.host_id())
+        };
+        root(linux.uid_mappings()).zip(root(linux.gid_mappings()))
     }
 
     /// Whether the root filesystem is read-only.

@@ -325,7 +325,7 @@ impl Root {
             Ok(_) => Ok(()),
             Err(Errno::ENOENT) => {
                 let wanted = [(Path::new("/").join(path), true)];
-                crate::sandbox::share::make_mount_points(&self.path, &wanted).map_err(io::Error::other)
+                crate::sandbox::share::make_mount_points(&self.path, &wanted, None).map_err(io::Error::other)
             }
             Err(e) => Err(e.into()),
         }

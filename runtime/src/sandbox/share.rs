@@ -14,16 +14,17 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{Gid, Uid, fchownat, setfsgid, setfsuid};
 
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::idmap;
 use crate::bundle::guest::{Bind, ReadOnly};
-use crate::bundle::{self, Bundle};
+use crate::bundle::{self, Bundle, Owner};
 
 /// Mount points only: a guest that fills it hurts nobody but itself.
 const TMPFS_OPTIONS: &str = "mode=755,size=1m,nr_inodes=65536";
@@ -92,7 +93,7 @@ impl Share {
     /// Puts the files of a container into the share.
     pub fn add(&self, bundle: &Bundle, binds: &[Bind]) -> Result<(), Error> {
         if bundle.readonly_root() {
-            make_mount_points(&bundle.rootfs, &mount_points(bundle))?;
+            make_mount_points(&bundle.rootfs, &mount_points(bundle), bundle.root_user())?;
         }
         make_working_directory(bundle)?;
         binds.iter().try_for_each(|bind| self.bind(bind))
@@ -262,8 +263,12 @@ fn mount_points(bundle: &Bundle) -> Vec<(PathBuf, bool)> {
 
 /// Makes the mount points that a read-only root lacks, as other runtimes do before they make it read-only. The guest
 /// could not. `wanted` are paths in the container with whether each is a directory, in the order of the mounts; one
-/// below another is left to the guest, because it lies in what is mounted there.
-pub fn make_mount_points(rootfs: &Path, wanted: &[(PathBuf, bool)]) -> Result<(), Error> {
+/// below another is left to the guest, because it lies in what is mounted there. They belong to `owner`, or to root.
+pub fn make_mount_points(
+    rootfs: &Path,
+    wanted: &[(PathBuf, bool)],
+    owner: Option<Owner>,
+) -> Result<(), Error> {
     let failed = |path: &Path, e: io::Error| Error::MountPoint(path.to_owned(), e);
     let mut root = None;
     for (index, (path, is_dir)) in wanted.iter().enumerate() {
@@ -275,7 +280,7 @@ pub fn make_mount_points(rootfs: &Path, wanted: &[(PathBuf, bool)]) -> Result<()
             Some(root) => root,
             None => root.insert(File::open(rootfs).map_err(|e| failed(rootfs, e))?),
         };
-        match make_inside(root.as_fd(), path, *is_dir) {
+        match make_inside(root.as_fd(), path, *is_dir, owner) {
             // A file system that is itself read-only: what is there must do, and the guest tells if it does not.
             Ok(()) | Err(Errno::EROFS) => {}
             Err(e) => return Err(failed(path, e.into())),
@@ -293,15 +298,21 @@ pub fn make_working_directory(bundle: &Bundle) -> Result<(), Error> {
         return Ok(());
     }
     let made = File::open(&bundle.rootfs).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(0)));
-    match made.and_then(|root| make_inside(root.as_fd(), cwd, true)) {
+    match made.and_then(|root| make_inside(root.as_fd(), cwd, true, bundle.root_user())) {
         // What is in the way, the guest tells when it goes there.
         Ok(()) | Err(Errno::EROFS | Errno::ENOTDIR) => Ok(()),
         Err(e) => Err(Error::WorkingDirectory(cwd.clone(), e.into())),
     }
 }
 
-/// Walks down from `root`, making what is missing. Links are followed as if `root` were `/`.
-pub(super) fn make_inside(root: BorrowedFd, path: &Path, is_dir: bool) -> nix::Result<()> {
+/// Walks down from `root`, making what is missing. Links are followed as if `root` were `/`. What is made belongs to
+/// `owner`, or to root.
+pub(super) fn make_inside(
+    root: BorrowedFd,
+    path: &Path,
+    is_dir: bool,
+    owner: Option<Owner>,
+) -> nix::Result<()> {
     let how =
         |flags: OFlag| OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
     match openat2(root, path, how(OFlag::O_PATH)) {
@@ -315,19 +326,39 @@ pub(super) fn make_inside(root: BorrowedFd, path: &Path, is_dir: bool) -> nix::R
         let parent = openat2(root, &so_far, how(OFlag::O_PATH | OFlag::O_DIRECTORY))?;
         so_far.push(name);
         let last = index + 1 == names.len();
-        let made = if last && !is_dir {
-            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let name = Path::new(name);
-            nix::fcntl::openat(&parent, name, flags, Mode::from_bits_truncate(0o644)).map(drop)
-        } else {
-            mkdirat(&parent, Path::new(name), Mode::from_bits_truncate(0o755))
+        let name = Path::new(name);
+        let make = || match last && !is_dir {
+            true => {
+                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+                nix::fcntl::openat(&parent, name, flags, Mode::from_bits_truncate(0o644)).map(drop)
+            }
+            false => mkdirat(&parent, name, Mode::from_bits_truncate(0o755)),
         };
-        match made {
-            Ok(()) | Err(Errno::EEXIST) => {}
-            Err(e) => return Err(e),
+        match (make(), owner) {
+            (Ok(()), Some((uid, gid))) => {
+                let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+                fchownat(&parent, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            }
+            (Ok(()) | Err(Errno::EEXIST), _) => {}
+            // A root whose mapping does not know the host's root, who so can make nothing there.
+            (Err(Errno::EOVERFLOW), Some(owner)) => match as_owner(owner, make) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(e) => return Err(e),
+            },
+            (Err(e), _) => return Err(e),
         }
     }
     Ok(())
+}
+
+/// Does something with files as this user, which only concerns the calling thread.
+fn as_owner<T>((uid, gid): Owner, work: impl FnOnce() -> T) -> T {
+    let group = setfsgid(Gid::from_raw(gid));
+    let user = setfsuid(Uid::from_raw(uid));
+    let done = work();
+    setfsuid(user);
+    setfsgid(group);
+    done
 }
 
 #[cfg(test)]
@@ -350,15 +381,45 @@ pub(crate) mod tests {
             ("/abs/hosts", false),
         ]
         .map(|(path, is_dir)| (PathBuf::from(path), is_dir));
-        make_mount_points(&root, &wanted).unwrap();
-        make_mount_points(&root, &wanted).unwrap();
+        make_mount_points(&root, &wanted, None).unwrap();
+        make_mount_points(&root, &wanted, None).unwrap();
         assert!(root.join("a/b/c").is_dir());
         assert!(root.join("etc/resolv.conf").is_file());
         assert!(root.join("etc/hosts").is_file());
         assert!(!root.join("dev/pts").exists(), "it lies in what is mounted on /dev");
         // The link leads to /outside in the container, which does not exist: an error, and nothing outside.
-        assert!(make_mount_points(&root, &[("/up/x".into(), true)]).is_err());
+        assert!(make_mount_points(&root, &[("/up/x".into(), true)], None).is_err());
         assert_eq!(fs::read_dir(dir.path().join("outside")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_made_in_a_root_is_its_owners() {
+        in_namespace(|| {
+            let dir = tempfile::tempdir().unwrap();
+            let [plain, mapped] = ["plain", "mapped"].map(|name| dir.path().join(name));
+            fs::create_dir(&plain).unwrap();
+            fs::create_dir(&mapped).unwrap();
+            mount(Some("x"), &plain, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            let ids = bundle::IdMap::of_containerd("0:100000:10", "0:200000:10").unwrap();
+            match idmap::copy(&plain, false, &ids) {
+                Err(idmap::Error::FileSystem(kind)) => {
+                    return eprintln!("skipped: this kernel's {kind} has no id-mapped mounts");
+                }
+                tree => idmap::attach(&tree.unwrap(), &mapped).unwrap(),
+            }
+            let wanted = [("/a/b".into(), true), ("/a/c".into(), false)];
+            let owner = Some((100_003, 200_004));
+            for (root, ids) in [(&mapped, [3, 4]), (&plain, [100_003, 200_004])] {
+                make_mount_points(root, &wanted, owner).unwrap();
+                for made in ["a", "a/b", "a/c"] {
+                    let found = fs::metadata(plain.join(made)).unwrap();
+                    assert_eq!([found.uid(), found.gid()], ids, "{made}");
+                }
+                fs::remove_dir_all(plain.join("a")).unwrap();
+            }
+            assert!(nix::unistd::geteuid().is_root() && fs::write(plain.join("roots"), "").is_ok());
+            assert_eq!(fs::metadata(plain.join("roots")).unwrap().uid(), 0);
+        });
     }
 
     /// Runs a closure in a child, because a mount namespace is for life. Skips where that is not allowed.

@@ -98,7 +98,7 @@ impl View {
             match volume {
                 Some(volume) => {
                     if covered {
-                        make_inside(root.as_fd(), at, shown.is_dir).map_err(failed(name()))?;
+                        make_inside(root.as_fd(), at, shown.is_dir, None).map_err(failed(name()))?;
                     }
                     attach(&volume, root.as_fd(), at).map_err(failed(name()))?;
                 }
