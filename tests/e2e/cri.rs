@@ -1,6 +1,7 @@
 //! Pods through CRI, as kubelet has containerd make them: their life, settings and limits.
 
 pub mod streams;
+pub mod users;
 pub mod volumes;
 
 use std::collections::BTreeSet;

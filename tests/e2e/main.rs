@@ -74,6 +74,7 @@ fn main() -> ExitCode {
         commands::CASES,
         cri::CASES,
         cri::streams::CASES,
+        cri::users::CASES,
         cri::volumes::CASES,
         docker::CASES,
         endurance::CASES,

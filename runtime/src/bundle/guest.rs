@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
-use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_SHM, SHARE_MOUNT_POINT};
+use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_SHM, POD_USER_NAMESPACE, SHARE_MOUNT_POINT};
 
 use super::idmap::{self, IdMap};
 use super::pod::is_shm;
@@ -210,6 +210,9 @@ pub fn adapt_with(
             }
             for namespace in namespaces.iter_mut() {
                 let typ = namespace.typ();
+                if typ == LinuxNamespaceType::User && bundle.joined.user_namespace {
+                    namespace.set_path(Some(POD_USER_NAMESPACE.into()));
+                }
                 if bundle.joined.namespaces.contains(&typ) {
                     let of = Path::new("/proc").join(bundle.joined.with.to_string());
                     namespace.set_path(Some(of.join("ns").join(file_name(typ))));

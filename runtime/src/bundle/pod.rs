@@ -1,8 +1,8 @@
 //! What the containers of a pod share, by the configuration of its sandbox, and how a container's names it.
 //!
 //! containerd and CRI-O name a sandbox's namespaces by paths of the host, which mean something in the guest here: the
-//! uts and ipc namespaces of a pod are the guest's own, its pid namespace is one that the agent makes, its network is
-//! the VM's. A path that leads anywhere else stays, and is refused by who checks the bundle. Nothing of a sandbox's
+//! uts and ipc namespaces of a pod are the guest's own, its user and pid namespaces are those that the agent makes, its
+//! network is the VM's. A path that leads anywhere else stays, and is refused by who checks the bundle. Nothing of a sandbox's
 //! own process is looked at: there is none.
 
 use std::collections::HashMap;
@@ -66,6 +66,9 @@ pub struct Shared {
 pub struct Joined {
     /// The pod's pid namespace.
     pub pid_namespace: bool,
+    /// The pod's user namespace.
+    #[serde(default)]
+    pub user_namespace: bool,
     /// The pod's shared memory.
     pub shm: bool,
     /// Namespaces of the other container.
@@ -151,9 +154,18 @@ impl Shared {
         };
         let mut own_name = true;
         if let Some(namespaces) = linux.namespaces_mut() {
-            namespaces.retain(|namespace| {
-                let (typ, path) = (namespace.typ(), namespace.path().as_deref().unwrap_or(Path::new("")));
+            namespaces.retain_mut(|namespace| {
+                let path = namespace.path().clone().unwrap_or_default();
+                let (typ, path) = (namespace.typ(), path.as_path());
                 match typ {
+                    // It stays one, to which the mappings belong.
+                    LinuxNamespaceType::User => {
+                        if is_pods(typ, "user", path) {
+                            namespace.set_path(None);
+                            joined.user_namespace = true;
+                        }
+                        true
+                    }
                     LinuxNamespaceType::Ipc => !is_pods(typ, "ipc", path),
                     LinuxNamespaceType::Uts => {
                         own_name = !is_pods(typ, "uts", path);
@@ -266,6 +278,22 @@ mod tests {
         ]));
         let before = other.clone();
         assert_eq!((shared.adopt(&mut other, 7), other), (Joined::default(), before));
+    }
+
+    #[test]
+    fn users_of_the_sandbox_are_the_pods() {
+        let mut sandbox = serde_json::to_value(sandbox()).unwrap();
+        let pinned = json!({"type": "user", "path": "/run/pinned/user"});
+        sandbox["linux"]["namespaces"].as_array_mut().unwrap().push(pinned);
+        let shared = Shared::of(&serde_json::from_value(sandbox).unwrap()).unwrap();
+        for (path, pods) in
+            [("/proc/7/ns/user", true), ("/run/pinned/user", true), ("/proc/8/ns/user", false)]
+        {
+            let mut container = spec(json!([{"type": "user", "path": path}]));
+            assert_eq!(shared.adopt(&mut container, 7).user_namespace, pods);
+            let left = &container.linux().as_ref().unwrap().namespaces().as_ref().unwrap()[0];
+            assert_eq!(left.path().is_none(), pods);
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ mod terminal;
 pub use bundle::{Bundle, Rootfs, host_scratch};
 pub use calls::CallWatch;
 pub use cases::{Case, into_trials, leave_nothing};
-pub use containerd::Containerd;
+pub use containerd::{Containerd, RUNTIME as SHIM_TYPE};
 pub use cri::{
     BY_SANDBOX_API, HANDLER, Pod, Pods, container, files_in_no_mount, mount, runtime_of, security, state_of,
 };

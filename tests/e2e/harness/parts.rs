@@ -37,7 +37,7 @@ const PARTS: &[&[&str]] = &[
     &["docker::"],
     &["buildah::"],
     &["cri::"],
-    &["cri::volumes::", "cri::streams::"],
+    &["cri::volumes::", "cri::streams::", "cri::users::"],
     &["containerd::"],
     &["stdio::"],
     &["failure::"],
