@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -218,7 +218,7 @@ impl Containers {
         sources.extend(adapted.spec.root().as_ref().map(|root| root.path().clone()));
         let mut helper = Helper::fork(&self.reaper, move |reporter| {
             mounts::enter(&sources);
-            let workload = Workload::new(reporter, facts.wants_home, seccomp, start_hooks, of_the_host);
+            let workload = Workload::new(reporter, facts.wants_home, seccomp, None, start_hooks, of_the_host);
             let mut builder = match builder(&name, workload, child) {
                 Ok(builder) => builder,
                 Err(e) => return failed(&e),
@@ -346,8 +346,13 @@ impl Containers {
         let mut process: ProcessSpec = serde_json::from_slice(&request.process)
             .map_err(|e| Error::Invalid(format!("the process of the exec cannot be read: {e}")))?;
         let facts = spec::adapt_process(&mut process, &container.ids)?;
+        let users = container.users().map_err(|e| Error::os("opening the container's user namespace", e))?;
+        let users = users.map(|namespace| spec::take_user(&mut process, namespace));
         let seccomp = container.seccomp.clone().map(|filter| {
-            let capabilities = spec::lend_sys_admin(&mut process);
+            let capabilities = match &users {
+                Some(users) => Some(users.capabilities.clone()),
+                None => spec::lend_sys_admin(&mut process),
+            };
             Seccomp { filter, capabilities }
         });
         container.make_joinable()?;
@@ -372,7 +377,7 @@ impl Containers {
             {
                 return Record::Failed(e);
             }
-            let workload = Workload::new(reporter, facts.wants_home, seccomp, None, Vec::new());
+            let workload = Workload::new(reporter, facts.wants_home, seccomp, users, None, Vec::new());
             let made = builder(&name, workload, child).and_then(|builder| {
                 builder
                     .with_console_socket(console_path)
@@ -486,6 +491,12 @@ impl Container {
     /// Its cgroup.
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
+    }
+
+    /// Its user namespace, if it has one.
+    fn users(&self) -> std::io::Result<Option<OwnedFd>> {
+        let open = || File::open(format!("/proc/{}/ns/user", self.init.pid));
+        self.ids.are_mapped().then(|| open().map(OwnedFd::from)).transpose()
     }
 
     /// Its init, or the exec of that name.

@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -17,8 +18,10 @@ use libcontainer::capabilities::drop_privileges;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
-use nix::unistd::{AccessFlags, access, execve};
+use nix::unistd::{AccessFlags, Gid, Uid, access, execve, setgroups, setresgid, setresuid};
 use oci_spec::runtime::{Hook, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 
 use crate::helper::{Record, Reporter};
@@ -37,6 +40,8 @@ pub struct Workload {
     pub wants_home: bool,
     /// Filter of the container, and the capabilities to keep once it is loaded.
     pub seccomp: Option<Rc<Seccomp>>,
+    /// Who it is to be, for an exec in a container with users of its own.
+    pub users: Option<Rc<Users>>,
     /// What to run before the workload of an init.
     pub start_hooks: Option<Rc<StartHooks>>,
     /// Where an init finds what is the host's, which may have changed it since the container was made.
@@ -54,6 +59,37 @@ pub struct StartHooks {
     pub bundle: PathBuf,
 }
 
+/// Who a process is in a user namespace that it has yet to enter.
+pub struct Users {
+    /// The namespace.
+    pub namespace: OwnedFd,
+    /// User, as it is known there.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// Its other groups.
+    pub groups: Vec<u32>,
+    /// What is left to it, of everything that it may do there when it has entered.
+    pub capabilities: LinuxCapabilities,
+    /// It can gain no others.
+    pub no_new_privileges: bool,
+}
+
+impl Users {
+    fn enter(&self) -> nix::Result<()> {
+        setns(&self.namespace, CloneFlags::CLONE_NEWUSER)?;
+        let groups: Vec<_> = self.groups.iter().map(|group| Gid::from_raw(*group)).collect();
+        let (user, group) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+        setgroups(&groups)?;
+        setresgid(group, group, group)?;
+        setresuid(user, user, user)?;
+        if self.no_new_privileges {
+            prctl::set_no_new_privs()?;
+        }
+        Ok(())
+    }
+}
+
 /// A seccomp filter that this executor must load.
 pub struct Seccomp {
     /// The container's filter.
@@ -68,6 +104,7 @@ impl Workload {
         reporter: Reporter,
         wants_home: bool,
         seccomp: Option<Seccomp>,
+        users: Option<Users>,
         start_hooks: Option<StartHooks>,
         of_the_host: Vec<PathBuf>,
     ) -> Self {
@@ -75,6 +112,7 @@ impl Workload {
             reporter,
             wants_home,
             seccomp: seccomp.map(Rc::new),
+            users: users.map(Rc::new),
             start_hooks: start_hooks.map(Rc::new),
             of_the_host,
             found: RefCell::new(None),
@@ -123,8 +161,14 @@ impl Executor for Workload {
         self.of_the_host.iter().for_each(|place| look_again(place));
         set_window_size(process);
         restore_signals();
+        if let Some(users) = &self.users {
+            let failed = |e: Errno| format!("becoming user {} of the container: {}", users.uid, e.desc());
+            users.enter().map_err(|e| self.fail(Record::Failed(failed(e))))?;
+        }
         if let Some(seccomp) = &self.seccomp {
             load_filter(seccomp).map_err(|e| self.fail(Record::Failed(e)))?;
+        } else if let Some(users) = &self.users {
+            keep(&users.capabilities).map_err(|e| self.fail(Record::Failed(e)))?;
         }
         if let Some(start) = &self.start_hooks {
             let state = hooks::state(spec, &start.container_id, &start.bundle);
@@ -151,7 +195,8 @@ impl Workload {
         let mut env = process.env().clone().unwrap_or_default();
         if self.wants_home {
             env.retain(|e| !e.starts_with("HOME="));
-            env.push(format!("HOME={}", home_of(process.user().uid())));
+            let uid = self.users.as_ref().map_or(process.user().uid(), |users| users.uid);
+            env.push(format!("HOME={}", home_of(uid)));
         }
         env
     }
@@ -245,11 +290,12 @@ pub fn restore_signals() {
 
 fn load_filter(seccomp: &Seccomp) -> Result<(), String> {
     Filter::of(&seccomp.filter)?.load().map_err(|e| format!("loading linux.seccomp: {}", e.desc()))?;
-    if let Some(capabilities) = &seccomp.capabilities {
-        drop_privileges(capabilities, create_syscall().as_ref())
-            .map_err(|e| format!("setting process.capabilities: {e}"))?;
-    }
-    Ok(())
+    seccomp.capabilities.as_ref().map_or(Ok(()), keep)
+}
+
+fn keep(capabilities: &LinuxCapabilities) -> Result<(), String> {
+    drop_privileges(capabilities, create_syscall().as_ref())
+        .map_err(|e| format!("setting process.capabilities: {e}"))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! taken over by the agent, translated, or refused by name: a field is never silently dropped.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
@@ -14,6 +15,7 @@ use oci_spec::runtime::{
 use stockade_agent_protocol::{POD_PID_NAMESPACE, POD_USER_NAMESPACE};
 
 use crate::error::Error;
+use crate::executor::Users;
 use crate::mounts::{self, Finish};
 
 /// A container's configuration, split into what libcontainer does and what the agent does itself.
@@ -54,6 +56,11 @@ pub struct Ids {
 }
 
 impl Ids {
+    /// Whether there is such a namespace.
+    pub fn are_mapped(&self) -> bool {
+        !self.uids.is_empty()
+    }
+
     /// The maps of the namespace, of users and of groups, as user_namespaces(7) has them.
     pub fn maps(&self) -> [String; 2] {
         [&self.uids, &self.gids].map(|mappings| {
@@ -271,6 +278,33 @@ fn keep_no_unnamed_capability(process: &mut Process) {
     process.set_capabilities(Some(sets));
 }
 
+/// Takes out of a process who it is to be in a user namespace, and leaves it the guest's root: libcontainer does not enter
+/// that of a container for an exec, so the executor does, and makes it that then.
+pub fn take_user(process: &mut Process, namespace: OwnedFd) -> Users {
+    let user = process.user().clone();
+    let taken = Users {
+        namespace,
+        uid: user.uid(),
+        gid: user.gid(),
+        groups: user.additional_gids().clone().unwrap_or_default(),
+        capabilities: process.capabilities().clone().unwrap_or_default(),
+        no_new_privileges: process.no_new_privileges() == Some(true),
+    };
+    let mut root = user;
+    root.set_uid(0).set_gid(0).set_additional_gids(None);
+    // To enter, and to find a command where only another may look.
+    let to_enter: Capabilities = [Capability::SysAdmin, Capability::DacOverride].into();
+    let mut capabilities = LinuxCapabilities::default();
+    capabilities
+        .set_bounding(Some(to_enter.clone()))
+        .set_effective(Some(to_enter.clone()))
+        .set_permitted(Some(to_enter))
+        .set_inheritable(Some(Capabilities::new()))
+        .set_ambient(Some(Capabilities::new()));
+    process.set_user(root).set_capabilities(Some(capabilities)).set_no_new_privileges(None);
+    taken
+}
+
 /// Gives a process that gets a seccomp filter without no_new_privs the right to load it; returns what it must be left
 /// with once the filter is loaded.
 pub fn lend_sys_admin(process: &mut Process) -> Option<LinuxCapabilities> {
@@ -392,6 +426,25 @@ mod tests {
         assert_eq!(users.ids.maps(), ["0 9 1\n", "0 8 7\n"]);
         config["linux"]["namespaces"] = json!([{"type": "mount"}]);
         assert!(!adapted(&config).unwrap().own_pid_namespace);
+    }
+
+    #[test]
+    fn an_exec_is_root_until_it_is_in_its_user_namespace() {
+        let mut process: Process = serde_json::from_value(json!({
+            "cwd": "/", "args": ["sh"], "noNewPrivileges": true,
+            "user": {"uid": 5, "gid": 6, "additionalGids": [7], "umask": 63},
+            "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"]},
+        }))
+        .unwrap();
+        let before = process.clone();
+        let namespace = std::fs::File::open("/proc/self/ns/user").unwrap().into();
+        let taken = take_user(&mut process, namespace);
+        assert_eq!((taken.uid, taken.gid, taken.groups.as_slice()), (5, 6, &[7][..]));
+        assert_eq!(Some(&taken.capabilities), before.capabilities().as_ref());
+        assert!(taken.no_new_privileges && process.no_new_privileges().is_none());
+        let user = process.user();
+        assert_eq!((user.uid(), user.gid(), user.umask()), (0, 0, Some(63)));
+        assert!(user.additional_gids().is_none());
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub const CASES: &[Case] = &[
     case!(exit_code_streams_and_stdin_of_an_exec),
     case!(exec_options_set_environment_user_and_directory),
     case!(process_file_describes_the_exec),
+    case!(an_exec_is_a_user_of_the_containers_namespace),
     case!(two_execs_run_at_once),
     case!(first_execs_that_come_together_all_run),
     case!(detached_exec_has_a_host_process),
@@ -70,6 +71,38 @@ fn process_file_describes_the_exec() {
     // What runc's callers may leave out.
     fs::write(&file, json!({ "args": ["sh", "-c", "id -u; id -G"], "cwd": "/" }).to_string()).unwrap();
     assert_eq!(container.start_exec(&options, &[], Stdin::Null).finish().ok(), "0\n0\n");
+}
+
+fn an_exec_is_a_user_of_the_containers_namespace() {
+    let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+    let bundle = Bundle::idle()
+        .push("/linux/namespaces", json!({ "type": "user" }))
+        .set("/linux/uidMappings", map.clone())
+        .set("/linux/gidMappings", map);
+    let container = Runtime::under_test().create(&bundle);
+    container.op("start").ok();
+    container.program.expect_line("ready");
+    let script = "[ $(readlink /proc/self/ns/user) = $(readlink /proc/1/ns/user) ] && echo same
+        id -u; id -G; tr -s ' ' < /proc/self/uid_map; grep -E 'Cap|NoNewPrivs' /proc/self/status";
+    let text = container.exec(script).ok();
+    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    assert_eq!(lines[..4], ["same", "0", "0", "0 100000 65536"]);
+    let init = container.exec("grep -E 'Cap|NoNewPrivs' /proc/1/status").ok();
+    assert_eq!(lines[4..], init.lines().collect::<Vec<_>>());
+
+    let dir = host_scratch();
+    let file = dir.path().join("process.json");
+    let process = json!({
+        "user": { "uid": 11, "gid": 12, "additionalGids": [13], "umask": 0o027 },
+        "args": ["sh", "-c", "id -u; id -G; umask; echo $HOME; grep CapBnd /proc/self/status; touch /dev/shm/x; stat -c %u:%g /dev/shm/x"],
+        "env": ["PATH=/bin"],
+        "cwd": "/",
+        "capabilities": { "bounding": ["CAP_CHOWN"] }
+    });
+    fs::write(&file, process.to_string()).unwrap();
+    let ended =
+        container.start_exec(&["--process", file.to_str().unwrap()], &[], Stdin::Null).finish().code(0);
+    assert_eq!(ended.text(), "11\n12 13\n0027\n/\nCapBnd:\t0000000000000001\n11:12\n");
 }
 
 fn two_execs_run_at_once() {
