@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
-pub use stockade_bpf::Instruction;
+use stockade_sys::bpf;
+pub use stockade_sys::bpf::Instruction;
 
 /// to = 32-bit word at the context (r1) + offset.
 pub const fn load_word(to: u8, offset: i16) -> Instruction {
@@ -75,8 +76,8 @@ impl Hook {
     /// Has a program run for the processes of a cgroup and those below it.
     pub fn attach(self, cgroup: &File, program: &[Instruction]) -> io::Result<()> {
         let (program_type, attach_type, flags) = self.numbers();
-        let program = stockade_bpf::load(program_type, attach_type, program)?;
-        stockade_bpf::attach(program.as_fd(), cgroup.as_fd(), attach_type, flags)
+        let program = bpf::load(program_type, attach_type, program)?;
+        bpf::attach(program.as_fd(), cgroup.as_fd(), attach_type, flags)
     }
 }
 

@@ -12,12 +12,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::unistd::{Gid, Uid, fchown};
 use stockade_agent_protocol::messages::{MakeVolumeRequest, VolumeDirectory, VolumePart};
 use stockade_agent_protocol::{POD_PARTS, POD_VOLUMES, check_id};
+use stockade_sys::inside::openat2;
 
 use crate::error::Error;
 

@@ -11,7 +11,7 @@ use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use stockade_bpf::Instruction;
+use stockade_sys::bpf::{self, Instruction};
 
 const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
 const BPF_SK_LOOKUP: u32 = 36;
@@ -39,11 +39,10 @@ impl AllPorts {
     /// Begins to accept in the network namespace that this process is in.
     pub fn listen() -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let sockets = stockade_bpf::map_of(listener.as_fd())?;
-        let program =
-            stockade_bpf::load(BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP, &program(sockets.as_raw_fd()))?;
+        let sockets = bpf::map_of(listener.as_fd())?;
+        let program = bpf::load(BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP, &program(sockets.as_raw_fd()))?;
         let namespace = File::open("/proc/thread-self/ns/net")?;
-        Ok(Self { listener, _link: stockade_bpf::link(program.as_fd(), namespace.as_fd(), BPF_SK_LOOKUP)? })
+        Ok(Self { listener, _link: bpf::link(program.as_fd(), namespace.as_fd(), BPF_SK_LOOKUP)? })
     }
 }
 

@@ -14,13 +14,14 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{Gid, Uid, fchownat, setfsgid, setfsuid};
 
 use rustix::mount::{OpenTreeFlags, open_tree};
+use stockade_sys::inside::openat2;
 
 use super::idmap;
 use crate::bundle::guest::{Bind, ReadOnly};
