@@ -115,6 +115,13 @@ fn scopes_of_the_killed_and_of_the_refused_are_gone() {
     let missing = limited().set("/process/args", json!(["/no-such-program"]));
     call(&["run", "--bundle", &missing.save().display().to_string(), "c"]).refused();
     host.wait_gone(SCOPE);
+    // Left behind frozen: systemd would use it, and whoever it put there would stand still.
+    let left = host.cgroup(CGROUP);
+    fs::create_dir_all(&left).unwrap();
+    fs::write(left.join("cgroup.freeze"), "1").unwrap();
+    let refused = call(&["run", "--bundle", &limited().save().display().to_string(), "c"]).refused();
+    assert!(refused.contains("frozen") && refused.contains(SCOPE), "{refused}");
+    fs::remove_dir(&left).unwrap();
     let no_path = limited().set("/linux/cgroupsPath", "/not/systemds");
     let refused = call(&["run", "--bundle", &no_path.save().display().to_string(), "c"]).refused();
     assert!(refused.contains("cgroupsPath"), "{refused}");

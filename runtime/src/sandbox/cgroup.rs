@@ -241,6 +241,10 @@ impl Membership {
             Place::Scope(path, slice) => {
                 let settings = settings(limits, vm);
                 let unit = scope(&path).unwrap_or_default();
+                // One with processes in it is a unit, or somebody's whom systemd does not know; it says so itself.
+                if is_populated(&path).is_ok_and(|populated| !populated) {
+                    refuse_frozen(&path)?;
+                }
                 systemd::start(&slice, &unit, &settings)?;
                 let here = own()?;
                 let membership = in_it(path);
@@ -306,17 +310,23 @@ fn make(path: &Path) -> Result<(), Error> {
     fs::create_dir_all(parent).map_err(failed)?;
     pass_controllers_to(path);
     match fs::create_dir(path) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-            let populated = fs::read_to_string(path.join("cgroup.events")).map_err(failed)?;
-            let frozen = fs::read(path.join("cgroup.freeze")).is_ok_and(|text| text.trim_ascii() == b"1");
-            match populated.lines().any(|line| line == "populated 0") {
-                true if frozen => Err(Error::Frozen(path.to_owned())),
-                true => Ok(()),
-                false => Err(Error::NotEmpty(path.to_owned())),
-            }
-        }
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => match is_populated(path).map_err(failed)? {
+            true => Err(Error::NotEmpty(path.to_owned())),
+            false => refuse_frozen(path),
+        },
         made => made.map_err(failed),
     }
+}
+
+fn is_populated(path: &Path) -> io::Result<bool> {
+    let events = fs::read_to_string(path.join("cgroup.events"))?;
+    Ok(!events.lines().any(|line| line == "populated 0"))
+}
+
+/// Who entered a frozen one would stand still.
+fn refuse_frozen(path: &Path) -> Result<(), Error> {
+    let frozen = fs::read(path.join("cgroup.freeze")).is_ok_and(|text| text.trim_ascii() == b"1");
+    if frozen { Err(Error::Frozen(path.to_owned())) } else { Ok(()) }
 }
 
 /// Lets a cgroup have every controller there is, as runc does.
