@@ -15,7 +15,8 @@ use rustbus::wire::unmarshal::traits::Variant;
 use rustbus::wire::{ObjectPath, marshal::traits::Marshal};
 use rustbus::{MessageType, RpcConn, dbus_variant_sig};
 
-use super::{Error, Setting};
+use super::Error;
+use super::limits::Setting;
 
 /// There when systemd runs the host (sd_booted(3)).
 const BOOTED: &str = "/run/systemd/system";
@@ -269,7 +270,7 @@ mod tests {
     use super::*;
 
     fn of(file: &'static str, value: &str) -> Vec<(String, Value)> {
-        properties_of(&[super::super::set("field", file, value)])
+        properties_of(&[super::super::limits::set("field", file, value)])
     }
 
     #[test]
