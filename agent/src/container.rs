@@ -4,22 +4,21 @@
 //! is removed if a later one fails. No lock is held across an await but the one of what a pod's containers share, so
 //! nothing else that one container does delays another.
 
+mod namespaces;
+mod running;
+
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::container::{Container as State, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
-use nix::mount::{MntFlags, umount2};
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxNamespace, LinuxResources, LinuxSeccomp, Mount, Process as ProcessSpec};
+use oci_spec::runtime::{LinuxSeccomp, Mount, Process as ProcessSpec};
 use stockade_agent_protocol::messages::{CreateContainerRequest, ExecRequest, Stdio as Wanted};
-use stockade_agent_protocol::{POD_USER_NAMESPACE, SHARE_MOUNT_POINT, check_id};
+use stockade_agent_protocol::{SHARE_MOUNT_POINT, check_id};
 
 use crate::cgroup::Cgroup;
 use crate::console::Console;
@@ -30,20 +29,18 @@ use crate::helper::{Helper, Record, Reports};
 use crate::hooks;
 use crate::mounts;
 use crate::oom::OomWatch;
-use crate::pod;
 use crate::reaper::Reaper;
 use crate::sandbox;
-use crate::spec::{self, Adapted, Ids, ProcessFacts};
+use crate::spec::{self, Ids, ProcessFacts};
 use crate::stdio::{self, ChildEnds, Drain, Ends, Relays, Rendezvous};
 use crate::supervise::{Made, Process};
 use crate::volumes;
+use namespaces::PodNamespaces;
 
 /// libcontainer's state of each container.
 pub const STATE_DIR: &str = "/run/stockade/state";
 /// The `config.json` of each container as libcontainer gets it.
 pub const BUNDLE_DIR: &str = "/run/stockade/bundles";
-/// User namespaces of containers that are being made.
-const USERS_DIR: &str = "/run/stockade/users";
 /// Sockets on which terminals arrive.
 pub const CONSOLE_DIR: &str = "/run/stockade/consoles";
 
@@ -59,24 +56,6 @@ pub struct Containers {
     pod_namespaces: tokio::sync::Mutex<PodNamespaces>,
     /// `None` while a container is being made.
     all: Mutex<HashMap<String, Option<Arc<Container>>>>,
-}
-
-/// Those that are there.
-#[derive(Default)]
-struct PodNamespaces {
-    /// With these mappings.
-    user: Option<[String; 2]>,
-    pid: bool,
-}
-
-/// A namespace that is kept in a file, which goes when this is dropped.
-struct Kept(String);
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        let _ = umount2(self.0.as_str(), MntFlags::MNT_DETACH);
-        let _ = fs::remove_file(&self.0);
-    }
 }
 
 /// One container, created and perhaps started.
@@ -253,57 +232,6 @@ impl Containers {
             ids: adapted.ids,
             seccomp: filter,
         })
-    }
-
-    /// Makes a container's own user namespace, because libcontainer leaves that to programs that are not here where it
-    /// has more than one range of ids. The container's init keeps it.
-    async fn user_namespace(
-        &self,
-        id: &str,
-        namespace: &mut LinuxNamespace,
-        ids: &Ids,
-    ) -> Result<Kept, Error> {
-        let file = Kept(format!("{USERS_DIR}/{id}"));
-        let (ids, path) = (ids.clone(), file.0.clone());
-        self.aside(move || pod::make_user_namespace(&ids, &path)).await?;
-        namespace.set_path(Some(file.0.clone().into()));
-        Ok(file)
-    }
-
-    /// Makes the namespaces that a pod's containers share, with the first that wants them.
-    async fn pod_namespaces(&self, wanted: &Adapted) -> Result<(), Error> {
-        let mut made = self.pod_namespaces.lock().await;
-        if wanted.in_pod_user_namespace {
-            let maps = wanted.ids.maps();
-            if made.user.as_ref().is_some_and(|others| *others != maps) {
-                return Err(Error::Invalid(
-                    "linux.uidMappings and gidMappings must be those of the pod's other containers, with which it shares a \
-                     user namespace"
-                        .into(),
-                ));
-            }
-            if made.user.is_none() {
-                let ids = wanted.ids.clone();
-                let mut helper = Helper::fork(&self.reaper, move |_| {
-                    match pod::make_user_namespace(&ids, POD_USER_NAMESPACE) {
-                        Ok(()) => Record::Done(None),
-                        Err(e) => Record::Failed(e.to_string()),
-                    }
-                })?;
-                helper.outcome().await?;
-                made.user = Some(maps);
-            }
-        }
-        if wanted.in_pod_pid_namespace && !made.pid {
-            let users = made.user.is_some();
-            let mut helper = Helper::fork(&self.reaper, move |_| match pod::make_pid_namespace(users) {
-                Ok(init) => Record::Done(Some(init)),
-                Err(e) => Record::Failed(e.to_string()),
-            })?;
-            helper.outcome().await?;
-            made.pid = true;
-        }
-        Ok(())
     }
 
     /// Runs a further process in a container.
@@ -484,120 +412,6 @@ impl Containers {
             Err(e) => Record::Failed(e.to_string()),
         })?;
         helper.outcome().await.map(drop)
-    }
-}
-
-impl Container {
-    /// Its cgroup.
-    pub fn cgroup(&self) -> &Cgroup {
-        &self.cgroup
-    }
-
-    /// Its user namespace, if it has one.
-    fn users(&self) -> std::io::Result<Option<OwnedFd>> {
-        let open = || File::open(format!("/proc/{}/ns/user", self.init.pid));
-        self.ids.are_mapped().then(|| open().map(OwnedFd::from)).transpose()
-    }
-
-    /// Its init, or the exec of that name.
-    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
-        if exec_id.is_empty() {
-            return Ok(self.init.clone());
-        }
-        check_id(exec_id).map_err(|e| Error::Invalid(format!("exec_id: {e}")))?;
-        match lock(&self.execs).get(exec_id) {
-            Some(Some(process)) => Ok(process.clone()),
-            _ => Err(Error::Precondition(format!(
-                "exec {exec_id:?} does not exist in container {:?}",
-                self.id
-            ))),
-        }
-    }
-
-    /// Lets the workload run, and waits until its execve has succeeded or failed.
-    pub async fn start(&self) -> Result<(), Error> {
-        let Some(mut reports) = lock(&self.unstarted).take() else {
-            return Err(Error::Precondition(format!("container {:?} has been started already", self.id)));
-        };
-        if let Err(e) = self.notify() {
-            return Err(if self.init.is_alive() {
-                Error::os(format!("starting container {:?}", self.id), e)
-            } else {
-                Error::Precondition(format!("container {:?} ended before it was started", self.id))
-            });
-        }
-        match reports.next().await {
-            Ok(None) => Ok(()),
-            Ok(Some(record)) => record.into_result().map(drop),
-            Err(e) => Err(Error::os("waiting for the workload to run", e)),
-        }
-    }
-
-    /// libcontainer's init waits for a connection to this socket. Done here rather than by libcontainer, which would
-    /// read and write its state and need a process of its own for it. The path goes through a descriptor because a
-    /// socket's path has only 108 bytes.
-    fn notify(&self) -> std::io::Result<()> {
-        let dir = File::open(Path::new(STATE_DIR).join(&self.id))?;
-        UnixStream::connect(format!("/proc/self/fd/{}/notify.sock", dir.as_raw_fd())).map(drop)
-    }
-
-    /// libcontainer lets a process join only a container that its state calls running. Said once, before the first
-    /// exec's helper is there: libcontainer's way to write its state leaves a moment in which another reads half.
-    fn make_joinable(&self) -> Result<(), Error> {
-        let mut joinable = lock(&self.joinable);
-        if !*joinable {
-            State::load(Path::new(STATE_DIR).join(&self.id))
-                .and_then(|mut state| state.set_status(ContainerStatus::Running).save())
-                .map_err(|e| Error::Internal(format!("marking container {:?} as running: {e}", self.id)))?;
-            *joinable = true;
-        }
-        Ok(())
-    }
-
-    /// Its init, started or not, has not ended.
-    fn must_live(&self, even_paused: bool) -> Result<(), Error> {
-        if !self.init.is_alive() {
-            return Err(Error::Precondition(format!("container {:?} has stopped", self.id)));
-        }
-        if !even_paused && self.cgroup.is_frozen() {
-            return Err(Error::Precondition(format!("container {:?} is paused", self.id)));
-        }
-        Ok(())
-    }
-
-    /// Freezes or thaws it.
-    pub async fn freeze(&self, frozen: bool) -> Result<(), Error> {
-        if !self.init.is_alive() {
-            return Err(Error::Precondition(format!("container {:?} has stopped", self.id)));
-        }
-        if self.cgroup.is_frozen() == frozen {
-            let state = if frozen { "is paused already" } else { "is not paused" };
-            return Err(Error::Precondition(format!("container {:?} {state}", self.id)));
-        }
-        self.cgroup.freeze(frozen).await
-    }
-
-    /// Applies new limits.
-    pub fn update(&self, resources: &[u8]) -> Result<(), Error> {
-        let limits: LinuxResources = serde_json::from_slice(resources)
-            .map_err(|e| Error::Invalid(format!("the resources cannot be read: {e}")))?;
-        self.cgroup.limit(&limits)
-    }
-
-    /// Sends a signal to all processes.
-    pub fn signal_all(&self, exec_id: &str, signal: i32) -> Result<(), Error> {
-        if !exec_id.is_empty() {
-            return Err(Error::Invalid("a signal goes to all processes or to one exec, not both".into()));
-        }
-        if signal == libc::SIGKILL {
-            return self.cgroup.kill();
-        }
-        for pid in self.cgroup.pids()? {
-            // SAFETY: plain system call. A process that ended since the list was read is ESRCH or, in theory,
-            // another; the kernel has no signal for a whole cgroup but SIGKILL.
-            unsafe { libc::kill(pid.as_raw(), signal) };
-        }
-        Ok(())
     }
 }
 
