@@ -174,6 +174,9 @@ impl Containers {
             None => None,
         };
         cgroup.create(adapted.resources.as_ref())?;
+        if adapted.owns_cgroup && adapted.process.uid != 0 {
+            cgroup.give_to(adapted.process.uid)?;
+        }
         let bundle = PathBuf::from(BUNDLE_DIR).join(id);
         let config = serde_json::to_vec(&adapted.spec)
             .map_err(|e| Error::Internal(format!("writing config.json for libcontainer: {e}")))?;

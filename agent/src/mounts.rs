@@ -163,6 +163,15 @@ pub fn has_namespace(spec: &Spec) -> bool {
     namespaces(spec).any(|typ| typ == LinuxNamespaceType::Mount)
 }
 
+/// Whether a container has the cgroup file system at its usual place, not read-only.
+pub fn has_writable_cgroups(spec: &Spec) -> bool {
+    spec.mounts().iter().flatten().any(|mount| {
+        matches!(mount.typ().as_deref(), Some("cgroup" | "cgroup2"))
+            && mount.destination() == Path::new("/sys/fs/cgroup")
+            && !mount.options().iter().flatten().any(|option| option == "ro" || option == "rro")
+    })
+}
+
 fn namespaces(spec: &Spec) -> impl Iterator<Item = LinuxNamespaceType> {
     let all = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     all.into_iter().flatten().map(|namespace| namespace.typ())

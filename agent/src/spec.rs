@@ -46,6 +46,8 @@ pub struct Adapted {
     /// Host name and domain name for a uts namespace that is another container's: libcontainer names only those that it
     /// makes, where other runtimes name one that is shared as well.
     pub names: Option<[String; 2]>,
+    /// Its cgroup is its own to change.
+    pub owns_cgroup: bool,
 }
 
 /// Whom a container's users are in the guest: the mappings of its user namespace, if it has one.
@@ -152,6 +154,11 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     let in_pod_user_namespace = shares(LinuxNamespaceType::User, POD_USER_NAMESPACE);
     let shares_uts =
         linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Uts && n.path().is_some());
+    let own_cgroup_namespace = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|n| n.typ() == LinuxNamespaceType::Cgroup && n.path().is_none());
     let has_network = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Network);
     let mut network_sysctls = HashMap::new();
     if let Some(sysctls) = linux.sysctl_mut().as_mut().filter(|_| !has_network) {
@@ -167,6 +174,7 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     linux.set_resources(None).set_cgroups_path(Some(PathBuf::from(cgroup_path)));
     let names = [spec.hostname(), spec.domainname()].map(|name| name.clone().unwrap_or_default());
     let names = Some(names).filter(|names| shares_uts && names.iter().any(|name| !name.is_empty()));
+    let owns_cgroup = own_cgroup_namespace && mounts::has_writable_cgroups(&spec);
     Ok(Adapted {
         spec,
         seccomp,
@@ -180,6 +188,7 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
         in_pod_pid_namespace,
         in_pod_user_namespace,
         names,
+        owns_cgroup,
     })
 }
 

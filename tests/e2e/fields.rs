@@ -10,6 +10,9 @@ use crate::harness::{Bundle, Case, Ended, Rootfs, Runtime, Stdin, case, host_scr
 
 const NEWER: &str = "newer than the lab's runc";
 
+/// Debian's runc gives a cgroup away only where systemd has made it.
+const BY_SYSTEMD: &str = "runc does so with systemd only";
+
 pub const CASES: &[Case] = &[
     case!(process_fields_mean_what_they_mean_to_runc),
     case!(missing_working_directory_is_made),
@@ -21,6 +24,7 @@ pub const CASES: &[Case] = &[
     case!(tmpfs_is_filled_from_the_root),
     case!(later_mounts_of_the_host_appear_unless_private),
     case!(read_only_is_the_mount_and_not_what_is_below),
+    case!(a_cgroup_that_is_writable_in_a_container_is_its_users).stockade_only(BY_SYSTEMD),
     case!(users_of_a_namespace_are_mapped),
     case!(limits_mean_what_they_mean_to_runc),
     case!(newer_limits_stand_in_the_cgroup).stockade_only(NEWER),
@@ -295,6 +299,17 @@ fn users_of_a_namespace_are_mapped() {
     assert!(ended.text().contains("5:6\n5:6\n"), "{ended:?}");
     let host = std::os::unix::fs::MetadataExt::uid(&fs::metadata(data.path().join("new")).unwrap());
     assert_eq!(host, 100_005);
+}
+
+fn a_cgroup_that_is_writable_in_a_container_is_its_users() {
+    let script = "
+        cd /sys/fs/cgroup; stat -c %u . cgroup.procs cgroup.subtree_control memory.max
+        mkdir mine 2>/dev/null && echo $$ > mine/cgroup.procs && cat /proc/self/cgroup || echo no";
+    let bundle = || Bundle::sh(script).set("/process/user", json!({ "uid": 7, "gid": 7 }));
+    assert_eq!(Runtime::under_test().run(&bundle()).ok(), "0\n0\n0\n0\nno\n");
+    let options = ["nosuid", "noexec", "nodev", "rw"];
+    let writable = bundle().mount("/sys/fs/cgroup", "cgroup", "cgroup", &options);
+    assert_eq!(Runtime::under_test().run(&writable).ok(), "7\n7\n7\n0\n0::/mine\n");
 }
 
 fn limits_mean_what_they_mean_to_runc() {

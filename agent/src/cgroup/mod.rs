@@ -10,6 +10,7 @@ mod stats;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -116,6 +117,23 @@ impl Cgroup {
             Some(limits) => self.limit(limits),
             None => Ok(()),
         }
+    }
+
+    /// Gives it to a user, as far as it is for others to have (cgroups(7), "Delegating a cgroup").
+    pub fn give_to(&self, uid: u32) -> Result<(), Error> {
+        let names = fs::read_to_string("/sys/kernel/cgroup/delegate").unwrap_or_default();
+        for name in std::iter::once("").chain(names.lines()) {
+            match chown(self.path.join(name), Some(uid), None) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::os(
+                        format!("giving the cgroup {}/{name} to user {uid}", self.name),
+                        e,
+                    ));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Applies limits.
