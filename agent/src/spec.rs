@@ -144,8 +144,11 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
         refuse_notify(seccomp)?;
     }
     linux.set_seccomp(None);
-    let own_pid_namespace =
-        linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Pid && n.path().is_none());
+    let owns = |typ: LinuxNamespaceType| {
+        linux.namespaces().iter().flatten().any(|n| n.typ() == typ && n.path().is_none())
+    };
+    let own_pid_namespace = owns(LinuxNamespaceType::Pid);
+    let own_cgroup_namespace = owns(LinuxNamespaceType::Cgroup);
     let shares = |typ: LinuxNamespaceType, path: &str| {
         let mut all = linux.namespaces().iter().flatten();
         all.any(|namespace| namespace.typ() == typ && namespace.path().as_deref() == Some(Path::new(path)))
@@ -154,11 +157,6 @@ pub fn adapt(config: &[u8], cgroup_path: &str) -> Result<Adapted, Error> {
     let in_pod_user_namespace = shares(LinuxNamespaceType::User, POD_USER_NAMESPACE);
     let shares_uts =
         linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Uts && n.path().is_some());
-    let own_cgroup_namespace = linux
-        .namespaces()
-        .iter()
-        .flatten()
-        .any(|n| n.typ() == LinuxNamespaceType::Cgroup && n.path().is_none());
     let has_network = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Network);
     let mut network_sysctls = HashMap::new();
     if let Some(sysctls) = linux.sysctl_mut().as_mut().filter(|_| !has_network) {
@@ -222,8 +220,9 @@ const LENT: [Lent; 2] = [
 pub fn lent_by_capability(spec: &Spec) -> impl Iterator<Item = &'static Lent> {
     let namespaces = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
     let own_users = namespaces.into_iter().any(|one| one.typ() == LinuxNamespaceType::User);
-    let sets = spec.process().as_ref().and_then(|process| process.capabilities().as_ref());
-    let bounding = sets.and_then(|sets| sets.bounding().clone()).filter(|_| own_users).unwrap_or_default();
+    let process = spec.process().as_ref().filter(|_| own_users);
+    let sets = process.and_then(|process| process.capabilities().as_ref());
+    let bounding = sets.and_then(|sets| sets.bounding().clone()).unwrap_or_default();
     LENT.iter().filter(move |lent| bounding.contains(&lent.capability))
 }
 

@@ -82,7 +82,7 @@ pub enum Error {
     /// limits add up to more than a VM can have
     #[error(
         "the memory limits of the containers in this VM come to {sum} bytes: with what the VM needs itself it would have \
-         more than {}",
+         more than {}; lower them",
         show(MAX_MEMORY)
     )]
     Sum { sum: u64 },

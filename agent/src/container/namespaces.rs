@@ -63,13 +63,7 @@ impl Containers {
             }
             if made.user.is_none() {
                 let ids = wanted.ids.clone();
-                let mut helper = Helper::fork(&self.reaper, move |_| {
-                    match pod::make_user_namespace(&ids, POD_USER_NAMESPACE) {
-                        Ok(()) => Record::Done(None),
-                        Err(e) => Record::Failed(e.to_string()),
-                    }
-                })?;
-                helper.outcome().await?;
+                self.aside(move || pod::make_user_namespace(&ids, POD_USER_NAMESPACE)).await?;
                 made.user = Some(maps);
             }
         }

@@ -21,7 +21,9 @@ use crate::bundle::IdMap;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// the kernel does not take the mappings
-    #[error("no user namespace with its mappings can be made: {0}")]
+    #[error(
+        "no user namespace with its mappings can be made: {0}; see user.max_user_namespaces and the mappings"
+    )]
     Namespace(#[source] io::Error),
     /// it cannot be looked at
     #[error("{0}")]

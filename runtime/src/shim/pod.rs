@@ -400,7 +400,7 @@ impl Pod {
         let event = TaskExit {
             container_id: container.into(),
             id: if process.exec_id.is_empty() { container.into() } else { process.exec_id.clone() },
-            pid: process.pid.get(),
+            pid: process.pid(),
             exit_status: exited.code,
             exited_at: MessageField::some(timestamp(exited.at)),
             ..Default::default()

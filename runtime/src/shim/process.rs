@@ -37,8 +37,6 @@ pub struct Process {
     pub spec: RefCell<Vec<u8>>,
     /// Since when there is one.
     pub made: SystemTime,
-    /// A process of the host that stands for it: 0 before there is one.
-    pub pid: Cell<u32>,
     /// What keeps its streams open.
     pub held: RefCell<Held>,
     /// Held by who changes the stage, so that events come in the order of what happened.
@@ -55,12 +53,16 @@ impl Process {
             paths,
             spec: RefCell::default(),
             made: SystemTime::now(),
-            pid: Cell::new(0),
             held: RefCell::default(),
             order: Mutex::new(()),
             stage: Cell::new(Stage::Created),
             exited: watch::Sender::new(None),
         }
+    }
+
+    /// The process of the host that stands for it: see [`Pod::pid`](super::pod::Pod::pid). 0 for an exec before its start.
+    pub fn pid(&self) -> u32 {
+        if self.exec_id.is_empty() || self.stage() != Stage::Created { std::process::id() } else { 0 }
     }
 
     /// Where it is.

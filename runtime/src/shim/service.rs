@@ -91,7 +91,7 @@ impl Task for TaskService {
                     id: container.id.clone(),
                     exec_id: process.exec_id.clone(),
                     bundle: container.bundle.display().to_string(),
-                    pid: process.pid.get(),
+                    pid: process.pid(),
                     status: status.into(),
                     stdin: process.paths.stdin.clone(),
                     stdout: process.paths.stdout.clone(),
@@ -238,14 +238,12 @@ impl Task for TaskService {
             .await
     }
 
-    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         self.calls
             .on_pod(move |pod| async move {
-                let task_pid =
-                    pod.container(&request.id).map_or(pod.pid(), |container| container.init.pid.get());
                 Ok(ConnectResponse {
                     shim_pid: std::process::id(),
-                    task_pid,
+                    task_pid: pod.pid(),
                     version: env!("CARGO_PKG_VERSION").into(),
                     ..Default::default()
                 })

@@ -191,7 +191,6 @@ impl Pod {
         hooks: Hooks,
         is_pause: bool,
     ) -> Rc<Container> {
-        init.pid.set(self.pid());
         let container = Rc::new(Container {
             id: id.into(),
             bundle,
@@ -324,7 +323,6 @@ impl Pod {
         match started {
             Ok(relays) => {
                 process.started();
-                process.pid.set(self.pid());
                 let event = TaskExecStarted {
                     container_id: container.id.clone(),
                     exec_id: process.exec_id.clone(),
@@ -515,7 +513,7 @@ impl Pod {
         if !exec_id.is_empty() {
             let exited = process.ended(KILLED);
             container.execs.borrow_mut().remove(exec_id);
-            return Ok((process.pid.get(), exited));
+            return Ok((process.pid(), exited));
         }
         if process.stage() == Stage::Created && !container.is_pause {
             // Made, but never started: it goes as if it had been killed.
@@ -530,13 +528,13 @@ impl Pod {
         process.held.take();
         let event = TaskDelete {
             container_id: id.into(),
-            pid: process.pid.get(),
+            pid: process.pid(),
             exit_status: exited.code,
             exited_at: MessageField::some(timestamp(exited.at)),
             ..Default::default()
         };
         self.publisher.publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
-        Ok((process.pid.get(), exited))
+        Ok((process.pid(), exited))
     }
 
     /// What a container leaves in the guest and in the share. The VM may be gone, and all of it with it.
