@@ -76,6 +76,7 @@ fn lay_out(runtime: &Path) -> Result<LaidOut, String> {
         (Path::new("/etc/containers/registries.conf.d/lab.conf"), registries()),
         (&podman, wrapper(runtime)),
         (&place.join("registry.yml"), registry()),
+        (&place.join("openssl.cnf"), OPENSSL.into()),
         (&place.join("image/pause"), PAUSE.into()),
         (&place.join("image/printenv"), PRINTENV.into()),
         (&place.join("image/Containerfile"), CONTAINERFILE.into()),
@@ -87,7 +88,12 @@ fn lay_out(runtime: &Path) -> Result<LaidOut, String> {
     start_registry(place)?;
     make_images()?;
     let path = format!("{WORK}/bin:{}", std::env::var("PATH").or_say("read PATH")?);
-    let environment = vec![("PODMAN", podman), ("PODMAN_TIMEOUT", CALL_LIMIT.into()), ("PATH", path.into())];
+    let environment = vec![
+        ("PODMAN", podman),
+        ("PODMAN_TIMEOUT", CALL_LIMIT.into()),
+        ("PATH", path.into()),
+        ("OPENSSL_CONF", place.join("openssl.cnf")),
+    ];
     Ok(LaidOut { folder: place.join("test/system"), environment })
 }
 
@@ -130,6 +136,9 @@ fn start_registry(place: &Path) -> Result<(), String> {
     }
     Ok(())
 }
+
+/// As much as openssl-req(1) must find: the lab has only what tools keep in /usr.
+const OPENSSL: &str = "[req]\ndistinguished_name = name\n[name]\n";
 
 /// A command for an infra container, which says its name and then nothing.
 const PAUSE: &str =
