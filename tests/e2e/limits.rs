@@ -88,10 +88,11 @@ fn cpu_quota_and_weight() {
     assert_eq!(Runtime::under_test().run(&bundle).ok(), "20000 100000\n20\nthrottled\n");
 }
 
+/// As kubelet has them, which gives no container any swap.
 fn unified_limits() {
     let script = "cat /sys/fs/cgroup/memory.high /sys/fs/cgroup/pids.max";
     let bundle = Bundle::sh(script)
-        .set("/linux/resources/unified", json!({ "memory.high": "50331648", "pids.max": "77" }));
+        .set("/linux/resources/unified", json!({ "memory.high": "50331648", "pids.max": "77", "memory.swap.max": "0" }));
     assert_eq!(Runtime::under_test().run(&bundle).ok(), "50331648\n77\n");
 }
 

@@ -53,9 +53,9 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Refused> {
     if let Some(cpu) = resources.cpu() {
         cpu_settings(cpu, &mut settings)?;
     }
-    if let Some(pids) = resources.pids() {
-        // 0 and -1 are "no limit" to those who write specs, whatever the kernel makes of 0.
-        settings.push(set("linux.resources.pids.limit", "pids.max", limit(pids.limit(), 0)));
+    // 0 says nothing, as in runc up to 1.3 and to those who write specs, whatever the kernel makes of it.
+    if let Some(pids) = resources.pids().as_ref().filter(|pids| pids.limit() != 0) {
+        settings.push(set("linux.resources.pids.limit", "pids.max", limit(pids.limit())));
     }
     for hugepages in resources.hugepage_limits().iter().flatten() {
         settings.push(Setting {
@@ -74,10 +74,21 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Refused> {
         return Err(refuse("network", "cgroup v2 has no network controllers"));
     }
     for (file, value) in resources.unified().iter().flatten() {
-        settings.push(set("linux.resources.unified", file_part("unified", file)?, value));
+        let file = file_part("unified", file)?;
+        if let Some(controller) = HOSTS.iter().find(|prefix| file.starts_with(**prefix)) {
+            let reason = format!("{controller}* is the host's to limit; name it in linux.resources.{{cpu,blockIO}}");
+            return Err(refuse(&format!("unified[{file:?}]"), reason));
+        }
+        let only_if_present = ABSENT.iter().any(|prefix| file.starts_with(prefix));
+        settings.push(Setting { only_if_present, ..set("linux.resources.unified", file, value) });
     }
     Ok(settings)
 }
+
+/// Files that mean the host's devices and CPUs.
+const HOSTS: [&str; 3] = ["io.", "cpuset.", "rdma."];
+/// Files of what the guest has none of, so that limits hold: kubelet has every container's swap be 0.
+const ABSENT: [&str; 3] = ["memory.swap.", "memory.zswap.", "hugetlb."];
 
 fn file_part<'a>(field: &str, name: &'a str) -> Result<&'a str, Refused> {
     if name.is_empty() || name.contains('/') || name.starts_with("cgroup.") {
@@ -86,9 +97,9 @@ fn file_part<'a>(field: &str, name: &'a str) -> Result<&'a str, Refused> {
     Ok(name)
 }
 
-/// A limit as the kernel has it; `none` and below stand for "no limit".
-fn limit(value: i64, none: i64) -> String {
-    if value <= none { "max".into() } else { value.to_string() }
+/// A limit as the kernel has it; less than none is "no limit".
+fn limit(value: i64) -> String {
+    if value < 0 { "max".into() } else { value.to_string() }
 }
 
 fn memory_settings(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<(), Refused> {
@@ -117,10 +128,10 @@ fn memory_settings(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<
         });
     }
     if let Some(max) = memory.limit().filter(|m| *m != 0) {
-        settings.push(set("linux.resources.memory.limit", "memory.max", limit(max, -1)));
+        settings.push(set("linux.resources.memory.limit", "memory.max", limit(max)));
     }
     if let Some(low) = memory.reservation().filter(|m| *m != 0) {
-        settings.push(set("linux.resources.memory.reservation", "memory.low", limit(low, -1)));
+        settings.push(set("linux.resources.memory.reservation", "memory.low", limit(low)));
     }
     Ok(())
 }
@@ -132,16 +143,15 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Refus
     if let Some(idle) = cpu.idle() {
         settings.push(set("linux.resources.cpu.idle", "cpu.idle", idle));
     }
-    if let Some(shares) = cpu.shares().filter(|s| *s != 0) {
-        settings.push(set("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares)));
-    }
+    settings.extend(weight(cpu).map(|weight| set("linux.resources.cpu.shares", "cpu.weight", weight)));
     let burst = cpu.burst();
-    if cpu.quota().is_some() || cpu.period().is_some_and(|p| p != 0) {
+    let quota = cpu.quota().filter(|quota| *quota != 0);
+    if quota.is_some() || cpu.period().is_some_and(|p| p != 0) {
         // The kernel never has more burst than quota: an old burst must not forbid a new quota.
         if burst.is_some() {
             settings.push(set("linux.resources.cpu.burst", "cpu.max.burst", 0));
         }
-        let quota = limit(cpu.quota().unwrap_or(-1), 0);
+        let quota = limit(quota.unwrap_or(-1));
         // 100 ms is the kernel's default.
         let period = cpu.period().filter(|p| *p != 0).unwrap_or(100_000);
         settings.push(set("linux.resources.cpu.quota", "cpu.max", format!("{quota} {period}")));
@@ -152,8 +162,14 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Refus
     Ok(())
 }
 
+/// The weight that shares come to. One who gets only what nobody else wants has none: the kernel refuses it.
+pub fn weight(cpu: &LinuxCpu) -> Option<u64> {
+    let shares = cpu.shares().filter(|shares| *shares != 0 && cpu.idle() != Some(1));
+    shares.map(weight_of_shares)
+}
+
 /// cgroup v1's 2..=262144 to cgroup v2's 1..=10000, as runc, crun and systemd's callers convert.
-pub fn weight_of_shares(shares: u64) -> u64 {
+fn weight_of_shares(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
 }
 
@@ -206,12 +222,32 @@ mod tests {
     #[test]
     fn no_limit_is_spelled_in_many_ways() {
         assert_eq!(of("{}"), pairs(&[]));
-        assert_eq!(of(r#"{"pids":{"limit":0}}"#), pairs(&[("pids.max", "max")]));
+        assert_eq!(of(r#"{"pids":{"limit":0}}"#), pairs(&[]));
         assert_eq!(of(r#"{"pids":{"limit":-1}}"#), pairs(&[("pids.max", "max")]));
         assert_eq!(of(r#"{"memory":{"limit":-1}}"#), pairs(&[("memory.max", "max")]));
         assert_eq!(of(r#"{"memory":{"limit":0,"swap":0}}"#), pairs(&[]));
         assert_eq!(of(r#"{"cpu":{"quota":-1}}"#), pairs(&[("cpu.max", "max 100000")]));
+        assert_eq!(of(r#"{"cpu":{"quota":0,"period":0}}"#), pairs(&[]));
         assert_eq!(of(r#"{"cpu":{"shares":0}}"#), pairs(&[]));
+    }
+
+    #[test]
+    fn who_gets_idle_time_only_has_no_weight() {
+        assert_eq!(of(r#"{"cpu":{"idle":1,"shares":1024}}"#), pairs(&[("cpu.idle", "1")]));
+        assert_eq!(
+            of(r#"{"cpu":{"idle":0,"shares":1024}}"#),
+            pairs(&[("cpu.idle", "0"), ("cpu.weight", "39")])
+        );
+    }
+
+    #[test]
+    fn what_the_guest_has_none_of_is_limited_anyway() {
+        let json = r#"{"unified":{"memory.swap.max":"0"}}"#;
+        let settings = settings(&serde_json::from_str(json).unwrap()).unwrap();
+        assert!(settings.iter().all(|setting| setting.only_if_present));
+        let json = r#"{"unified":{"memory.high":"1"}}"#;
+        let settings = super::settings(&serde_json::from_str(json).unwrap()).unwrap();
+        assert!(!settings[0].only_if_present);
     }
 
     #[test]
@@ -230,6 +266,8 @@ mod tests {
             (r#"{"network":{"classID":7,"priorities":[]}}"#, "network"),
             (r#"{"unified":{"../escape":"1"}}"#, "unified"),
             (r#"{"unified":{"cgroup.subtree_control":"-memory"}}"#, "unified"),
+            (r#"{"unified":{"io.max":"8:0 rbps=1"}}"#, r#"unified["io.max"]"#),
+            (r#"{"unified":{"cpuset.cpus":"0"}}"#, r#"unified["cpuset.cpus"]"#),
         ] {
             assert!(of(json).is_err_and(|e| e.contains(field)), "{json}");
         }

@@ -42,11 +42,37 @@ pub fn check(limits: &LinuxResources) -> Result<(), Error> {
     Ok(())
 }
 
-/// The limits in force after `changes`: what they do not name stays. Rules for devices are not changed this way, as
-/// in runc.
+/// Limits of which an update says nothing by 0 or an empty list, as in runc, whose example of an update is full of them.
+const ZERO_SAYS_NOTHING: [&str; 10] = [
+    "/memory/limit",
+    "/memory/reservation",
+    "/memory/swap",
+    "/cpu/shares",
+    "/cpu/quota",
+    "/cpu/period",
+    "/cpu/cpus",
+    "/cpu/mems",
+    "/pids/limit",
+    "/blockIO/weight",
+];
+
+/// The limits in force after `changes`: what they do not name stays, but that swap has no limit where memory has none any
+/// more. Rules for devices are not changed this way, as in runc.
 pub fn merge(current: &LinuxResources, changes: &LinuxResources) -> Result<LinuxResources, Error> {
     let mut merged = serde_json::to_value(current).map_err(Error::Encode)?;
-    merge_values(&mut merged, serde_json::to_value(changes).map_err(Error::Encode)?);
+    let mut changes = serde_json::to_value(changes).map_err(Error::Encode)?;
+    for named in ZERO_SAYS_NOTHING {
+        if let Some(value) = changes.pointer_mut(named).filter(|value| **value == 0 || **value == "") {
+            *value = Value::Null;
+        }
+    }
+    if let Some(memory) = changes.pointer_mut("/memory")
+        && memory["limit"].as_i64().is_some_and(|limit| limit < 0)
+        && memory["swap"].is_null()
+    {
+        memory["swap"] = memory["limit"].clone();
+    }
+    merge_values(&mut merged, changes);
     let mut merged: LinuxResources = serde_json::from_value(merged).map_err(Error::Encode)?;
     merged.set_devices(None);
     Ok(merged)
@@ -89,6 +115,34 @@ mod tests {
         assert_eq!(merged["pids"]["limit"], 7);
         assert_eq!(merged["unified"], json!({"memory.high": "1", "pids.max": "3"}));
         assert!(merged.get("devices").is_none());
+    }
+
+    #[test]
+    fn an_update_of_zeros_changes_nothing() {
+        let current = json!({
+            "memory": {"limit": 100, "swap": 200, "reservation": 5},
+            "cpu": {"shares": 5, "quota": 1000, "period": 5000, "cpus": "0", "mems": "0"}, "pids": {"limit": 7},
+            "blockIO": {"weight": 20},
+        });
+        let zeros = json!({
+            "memory": {"limit": 0, "swap": 0, "reservation": 0, "kernel": 0, "kernelTCP": 0},
+            "cpu": {"shares": 0, "quota": 0, "period": 0, "realtimeRuntime": 0, "cpus": "", "mems": ""},
+            "pids": {"limit": 0}, "blockIO": {"weight": 0},
+        });
+        let merged = merge(&limits(current.clone()), &limits(zeros)).unwrap();
+        check(&merged).unwrap();
+        let merged = serde_json::to_value(merged).unwrap();
+        for limit in ZERO_SAYS_NOTHING {
+            assert_eq!(merged.pointer(limit), current.pointer(limit), "{limit}");
+        }
+    }
+
+    #[test]
+    fn without_a_limit_of_memory_there_is_none_of_swap() {
+        let current = limits(json!({"memory": {"limit": 100, "swap": 200}}));
+        let merged = merge(&current, &limits(json!({"memory": {"limit": -1}}))).unwrap();
+        check(&merged).unwrap();
+        assert_eq!(merged.memory().unwrap().swap(), Some(-1));
     }
 
     #[test]

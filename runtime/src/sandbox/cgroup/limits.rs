@@ -1,7 +1,7 @@
 //! What becomes of a workload's limits on the host: those of supervisor and VMM, with what the VM needs besides.
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxResources, LinuxThrottleDevice};
-use stockade_agent_protocol::resources::weight_of_shares;
+use stockade_agent_protocol::resources::weight;
 
 use crate::size::{CPU_PERIOD, VmSize};
 
@@ -55,11 +55,9 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) {
     if let Some(idle) = cpu.idle() {
         settings.push(set("linux.resources.cpu.idle", "cpu.idle", idle));
     }
-    if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
-        settings.push(set("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares)));
-    }
+    settings.extend(weight(cpu).map(|weight| set("linux.resources.cpu.shares", "cpu.weight", weight)));
     let period = cpu.period().filter(|period| *period != 0).unwrap_or(CPU_PERIOD);
-    match cpu.quota() {
+    match cpu.quota().filter(|quota| *quota != 0) {
         // One CPU more: for the VMM's own threads, which work for the guest, and for the guest's boot, which would
         // take as many times longer as the quota is small.
         Some(quota @ 1..) => {
@@ -145,6 +143,7 @@ mod tests {
             [("cpu.weight", "39".into()), ("cpu.max", "120000 100000".into()), ("cpuset.cpus", "1-2".into())]
         );
         assert_eq!(of(json!({"memory": {"limit": -1}, "cpu": {"quota": -1}}), vm)[1].1, "max 100000");
+        assert_eq!(of(json!({"cpu": {"quota": 0, "idle": 1, "shares": 5}}), vm), [("cpu.idle", "1".into())]);
         assert_eq!(of(json!({"cpu": {"period": 50_000}}), vm), [("cpu.max", "max 50000".into())]);
         assert_eq!(of(json!({"pids": {"limit": 5}, "unified": {"memory.high": "1"}}), vm), []);
     }
