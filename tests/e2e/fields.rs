@@ -31,6 +31,7 @@ pub const CASES: &[Case] = &[
     case!(seccomp_actions_mean_what_they_mean_to_runc),
     case!(hooks_run_in_their_order_with_the_state),
     case!(failing_hook_fails_its_operation),
+    case!(poststop_hooks_run_each_whatever_fails),
     case!(hooks_timeout_is_kept),
     case!(scheduler_and_io_priority).stockade_only(NEWER),
     case!(cpu_affinity_of_an_exec).stockade_only(NEWER),
@@ -485,14 +486,32 @@ fn failing_hook_fails_its_operation() {
             assert!(ended.stderr.contains(kind), "{kind}: {ended:?}");
         }
     }
-    // These come too late for the container to be undone.
-    for kind in ["poststart", "poststop"] {
-        if Runtime::under_test().is_stockade() {
-            let bundle = Bundle::sh("echo workload").push(&format!("/hooks/{kind}"), hook(kind, "exit 3"));
-            let ended = Runtime::under_test().run(&bundle).code(0);
-            assert_eq!(ended.text(), "workload\n", "{kind}: {ended:?}");
-        }
-    }
+    let bundle = Bundle::sh("exec sleep 100000").push("/hooks/poststart", hook("poststart", "exit 3"));
+    let ended = Runtime::under_test().run(&bundle).code(1);
+    assert!(ended.stderr.contains("poststart"), "{ended:?}");
+}
+
+fn poststop_hooks_run_each_whatever_fails() {
+    let dir = host_scratch();
+    let log = dir.path().join("log");
+    let last = |bundle: Bundle| {
+        let note = |word: &str| hook("poststop", &format!("echo {word} >> {}", log.display()));
+        bundle
+            .push("/hooks/poststop", note("first"))
+            .push("/hooks/poststop", hook("poststop", "exit 3"))
+            .push("/hooks/poststop", note("last"))
+    };
+    let logged = || {
+        let lines = fs::read_to_string(&log).unwrap_or_default();
+        let _ = fs::remove_file(&log);
+        lines
+    };
+    assert_eq!(Runtime::under_test().run(&last(Bundle::sh("echo workload"))).ok(), "workload\n");
+    assert_eq!(logged(), "first\nlast\n");
+    // What a hook has taken another has to give back, of a container that does not come to be as well.
+    let broken = Bundle::sh("true").push("/hooks/createContainer", hook("createContainer", "exit 3"));
+    Runtime::under_test().run(&last(broken)).code(1);
+    assert_eq!(logged(), "first\nlast\n");
 }
 
 fn hooks_timeout_is_kept() {

@@ -27,6 +27,7 @@ pub const CASES: &[Case] = &[
     case!(kill_all_reaches_every_process),
     case!(ps_lists_the_containers_processes),
     case!(paused_container_stands_still),
+    case!(created_container_that_was_paused_can_be_started),
     case!(list_shows_what_there_is),
     case!(detached_run_returns_at_once),
     case!(annotations_are_in_the_state),
@@ -288,6 +289,15 @@ fn paused_container_stands_still() {
     container.kill("KILL");
     container.wait_stopped(pid);
     container.delete();
+}
+
+fn created_container_that_was_paused_can_be_started() {
+    let container = Runtime::under_test().create(&Bundle::sh("echo ran"));
+    container.op("pause").ok();
+    container.op("resume").ok();
+    assert_eq!(container.status(), "created");
+    container.op("start").ok();
+    container.program.expect_line("ran");
 }
 
 fn list_shows_what_there_is() {

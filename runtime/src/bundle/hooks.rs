@@ -52,6 +52,15 @@ pub fn run(kind: &'static str, hooks: &[Hook], state: &[u8], namespaces: &[Owned
     hooks.iter().try_for_each(|hook| run_one(kind, hook, state, namespaces))
 }
 
+/// Runs poststop hooks, each whatever becomes of the others: one that fails is logged (runtime specification, lifecycle).
+pub fn run_last(hooks: &[Hook], state: &[u8], namespaces: &[OwnedFd]) {
+    for hook in hooks {
+        if let Err(e) = run_one("poststop", hook, state, namespaces) {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
 fn run_one(kind: &'static str, hook: &Hook, state: &[u8], namespaces: &[OwnedFd]) -> Result<(), Error> {
     let path = hook.path();
     let failed = |source| Error::Run { kind, path: path.clone(), source };
@@ -168,7 +177,7 @@ mod tests {
     #[test]
     fn a_hook_that_hangs_is_killed() {
         let started = std::time::Instant::now();
-        let error = run("poststop", &[hook("exec sleep 600", Some(1))], b"", &[]).unwrap_err();
+        let error = run("poststart", &[hook("exec sleep 600", Some(1))], b"", &[]).unwrap_err();
         assert!(matches!(error, Error::Timeout { seconds: 1, .. }), "{error}");
         assert!(started.elapsed().as_secs() < 60);
     }

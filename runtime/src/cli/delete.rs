@@ -69,10 +69,7 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
     }
     dir.remove()?;
     let stopped = State { status: Status::Stopped, ..state };
-    if let Err(e) = hooks::run("poststop", &stopped.poststop, &stopped.to_oci_json(), &[]) {
-        // The runtime specification: logged, and the rest goes on.
-        tracing::warn!("{e}");
-    }
+    hooks::run_last(&stopped.poststop, &stopped.to_oci_json(), &[]);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -43,6 +43,8 @@ pub(super) struct Container {
     pub outside: Rc<[OwnedFd]>,
     /// Hooks to run once it has been started.
     pub poststart: RefCell<Vec<Hook>>,
+    /// What it is again when it is paused no more.
+    thawed: Cell<Status>,
     execs: RefCell<Vec<JoinHandle<()>>>,
     exec_count: Cell<u64>,
     /// The processes of the host that stand for execs.
@@ -95,6 +97,7 @@ impl Container {
             first,
             outside,
             poststart: RefCell::default(),
+            thawed: Cell::new(Status::Running),
             execs: RefCell::default(),
             exec_count: Cell::new(0),
             exec_pids: RefCell::default(),
@@ -138,11 +141,26 @@ impl Container {
         }
         self.set_status(Status::Running)?;
         let poststart = self.poststart.take();
-        // A poststart hook that fails is reported; the container runs on (runtime specification, lifecycle).
         if let Err(e) = self.run_hooks("poststart", &poststart).await {
-            tracing::error!("{e}");
+            // The runtime specification, lifecycle: the container is stopped, and who started it is told.
+            if let Err(source) = self.kill(Signal::SIGKILL as i32, true).await {
+                tracing::warn!("{}", Error::Agent { what: "stop the container", source });
+            }
+            return Err(e);
         }
         Ok(())
+    }
+
+    /// Signals its init, or all its processes.
+    async fn kill(&self, signal: i32, all: bool) -> Result<(), agent::Error> {
+        match self.sandbox.agent.signal(&self.id(), "", signal, all).await {
+            // Then its VM is killed, and with it the container.
+            Err(agent::Error::Silent) => {
+                self.vm.given_up.notify_one();
+                Ok(())
+            }
+            other => other,
+        }
     }
 
     /// Answers one command.
@@ -208,16 +226,7 @@ impl Container {
                 }
                 Ok(())
             }
-            Request::Kill { signal, all } => {
-                match self.sandbox.agent.signal(&self.id(), "", signal, all).await {
-                    // Then its VM is killed, and with it the container.
-                    Err(agent::Error::Silent) => {
-                        self.vm.given_up.notify_one();
-                        Ok(())
-                    }
-                    other => other.map_err(|e| e.to_string()),
-                }
-            }
+            Request::Kill { signal, all } => self.kill(signal, all).await.map_err(|e| e.to_string()),
             Request::Pause => self.freeze(true).await,
             Request::Resume => self.freeze(false).await,
             Request::Signal { .. } | Request::Resize { .. } => {
@@ -251,9 +260,10 @@ impl Container {
         let status = self.state.borrow().status;
         let (result, next) = match (freeze, status) {
             (true, Status::Running | Status::Created) => {
+                self.thawed.set(status);
                 (self.sandbox.agent.pause(&id).await, Status::Paused)
             }
-            (false, Status::Paused) => (self.sandbox.agent.resume(&id).await, Status::Running),
+            (false, Status::Paused) => (self.sandbox.agent.resume(&id).await, self.thawed.get()),
             (true, other) => return Err(format!("container not running: it is {}", other.as_str())),
             (false, other) => return Err(format!("container not paused: it is {}", other.as_str())),
         };

@@ -217,12 +217,8 @@ pub fn run(
         cgroup.iter().for_each(Membership::keep);
     } else {
         is_cleared(&dir, CLEAR_TIMEOUT);
-        if foreground && result.is_ok() {
-            let stopped = State { status: Status::Stopped, ..state };
-            if let Err(e) = hooks::run("poststop", &stopped.poststop, &stopped.to_oci_json(), &outside) {
-                tracing::warn!("{e}");
-            }
-        }
+        let stopped = State { status: Status::Stopped, ..state };
+        hooks::run_last(&stopped.poststop, &stopped.to_oci_json(), &outside);
         cgroup.iter().for_each(Membership::leave);
     }
     reservation.release();

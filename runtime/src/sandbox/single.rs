@@ -163,7 +163,7 @@ fn run_to_its_end(
     let (supervisor, result) = outcome?;
     stdio.restore();
 
-    supervisor.end(&reservation, cgroup.as_ref(), mode, result.as_ref().err());
+    supervisor.end(&reservation, cgroup.as_ref(), result.as_ref().err());
     result
 }
 

@@ -21,7 +21,6 @@ use super::container::Container;
 use super::control::Listener;
 use super::reservation::Reservation;
 use super::signals::Signals;
-use super::single::Mode;
 use super::stdio::{HostStdio, Relays};
 use crate::bundle::guest::Shown;
 use crate::bundle::hooks;
@@ -208,7 +207,6 @@ impl Supervisor {
         &self,
         reservation: &Reservation,
         cgroup: Option<&Membership>,
-        mode: Mode,
         error: Option<&Error>,
     ) {
         self.container.sandbox.kill();
@@ -220,14 +218,11 @@ impl Supervisor {
             if let Err(e) = self.container.set_status(Status::Stopped) {
                 tracing::warn!("{e}");
             }
-        } else if matches!(mode, Mode::Run { .. }) && self.container.state.borrow().status != Status::Creating
-        {
+        } else {
+            // Here is its removal, of one that could not be made as well.
             self.container.state.borrow_mut().status = Status::Stopped;
             let state = self.container.state.borrow();
-            let outside = &self.container.outside;
-            if let Err(e) = hooks::run("poststop", &state.poststop, &state.to_oci_json(), outside) {
-                tracing::warn!("{e}");
-            }
+            hooks::run_last(&state.poststop, &state.to_oci_json(), &self.container.outside);
         }
         if let Some(cgroup) = cgroup {
             if reservation.is_kept() {

@@ -261,10 +261,10 @@ impl Pod {
         self.went.notify_waiters();
     }
 
-    /// Runs poststop hooks, for which there need not be a VM any more.
-    pub async fn run_last_hooks(&self, list: &[Hook], state: Vec<u8>) -> Result<(), sandbox::Error> {
+    /// Runs a poststop hook, for which there need not be a VM any more.
+    pub async fn run_poststop_hook(&self, hook: &Hook, state: Vec<u8>) -> Result<(), sandbox::Error> {
         match self.machine.get() {
-            Some(machine) => machine.sandbox.run_hooks("poststop", list, state).await,
+            Some(machine) => machine.sandbox.run_hooks("poststop", std::slice::from_ref(hook), state).await,
             None => Ok(()),
         }
     }

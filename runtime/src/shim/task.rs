@@ -145,11 +145,18 @@ impl Pod {
         let relays = host.relay(streams, || ()).map_err(super::io_error("relay the standard streams"))?;
 
         let hooks = bundle.spec.hooks().clone().unwrap_or_default();
-        for (kind, list) in hooks::early(&hooks) {
-            self.run_hooks(kind, list, id, path, "creating").await?;
-        }
-        if let Err(e) = vm.agent.create(id, adapted.spec, wanted).await {
-            return Err(self.explain("create the container", e).await);
+        let made = async {
+            for (kind, list) in hooks::early(&hooks) {
+                self.run_hooks(kind, list, id, path, "creating").await?;
+            }
+            match vm.agent.create(id, adapted.spec, wanted).await {
+                Ok(_) => Ok(()),
+                Err(e) => Err(self.explain("create the container", e).await),
+            }
+        };
+        if let Err(e) = made.await {
+            self.run_last_hooks(&hooks, id, path).await;
+            return Err(e);
         }
         let container = self.admit(id, path.to_owned(), init.clone(), hooks, false);
         tokio::task::spawn_local(self.clone().follow(container.clone(), init, relays));
@@ -265,19 +272,13 @@ impl Pod {
         process.started();
         let event = TaskStart { container_id: id.into(), pid: self.pid(), ..Default::default() };
         self.publisher.publish(topics::TASK_START_EVENT_TOPIC, &event);
-        let poststart = container.hooks.poststart();
-        // A poststart hook that fails is reported; the container runs on (runtime specification, lifecycle).
-        if let Err(e) = self
-            .run_hooks(
-                "poststart",
-                poststart.as_deref().unwrap_or_default(),
-                id,
-                &container.bundle,
-                "running",
-            )
-            .await
-        {
-            tracing::error!(container = id, "{e}");
+        let poststart = container.hooks.poststart().as_deref().unwrap_or_default();
+        if let Err(e) = self.run_hooks("poststart", poststart, id, &container.bundle, "running").await {
+            // The runtime specification, lifecycle: the container is stopped, and who started it is told.
+            if let Err(e) = self.kill(id, "", libc::SIGKILL as u32, true).await {
+                tracing::warn!(container = id, "{e}");
+            }
+            return Err(e);
         }
         Ok(self.pid())
     }
@@ -318,7 +319,6 @@ impl Pod {
 
     /// What a container leaves in the guest and in the share. The VM may be gone, and all of it with it.
     async fn forget(self: &Rc<Self>, container: &Container) {
-        let hooks = container.hooks.poststop();
         if let Ok(vm) = self.vm()
             && let Err(e) = vm.agent.delete(&container.id).await
         {
@@ -327,11 +327,16 @@ impl Pod {
         self.discount(&container.id);
         self.unshare(&container.id).await;
         rootfs::unmount_all(&container.bundle.join(ROOTFS));
-        if let Some(list) = hooks.as_ref().filter(|list| !list.is_empty()) {
-            let state = hook_state(&container.id, &container.bundle, "stopped");
-            // The runtime specification: logged, and the rest goes on.
-            if let Err(e) = self.run_last_hooks(list, state).await {
-                tracing::warn!(container = container.id, "{e}");
+        self.run_last_hooks(&container.hooks, &container.id, &container.bundle).await;
+    }
+
+    /// Runs poststop hooks, for which there need not be a VM any more. Each whatever becomes of the others: one that fails
+    /// is logged (runtime specification, lifecycle).
+    async fn run_last_hooks(&self, hooks: &Hooks, id: &str, bundle: &Path) {
+        for hook in hooks.poststop().iter().flatten() {
+            let state = hook_state(id, bundle, "stopped");
+            if let Err(e) = self.run_poststop_hook(hook, state).await {
+                tracing::warn!(container = id, "{e}");
             }
         }
     }
