@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     case!(guest_files_that_cannot_be_booted).stockade_only(OURS).exclusive(),
     case!(sizes_out_of_range).stockade_only(OURS).exclusive(),
     case!(annotations_that_are_not_known_are_ignored_with_a_warning).stockade_only("its own annotations"),
+    case!(capability_that_is_not_known_is_left_out),
     case!(fields_that_cannot_be_honoured_are_named).stockade_only(OURS).exclusive(),
     case!(words_nobody_knows).stockade_only(OURS).exclusive(),
 ];
@@ -179,12 +180,18 @@ fn annotations_that_are_not_known_are_ignored_with_a_warning() {
     assert!(!log.contains("/evil"), "{log}");
 }
 
+fn capability_that_is_not_known_is_left_out() {
+    let bundle = Bundle::sh("grep CapBnd /proc/self/status");
+    let known = Runtime::under_test().run(&bundle).ok();
+    let bundle = bundle.push("/process/capabilities/bounding", "CAP_FLYING");
+    assert_eq!(Runtime::under_test().run(&bundle).ok(), known);
+}
+
 fn fields_that_cannot_be_honoured_are_named() {
     let namespace = json!({ "type": "pid", "path": "/proc/1/ns/pid" });
     refused(&Bundle::sh("true").without_namespace("pid").push("/linux/namespaces", namespace), "pid");
     let device = json!({ "path": "/dev/x", "type": "q", "major": 1, "minor": 5 });
     refused(&Bundle::sh("true").push("/linux/devices", device), "/dev/x");
-    refused(&Bundle::sh("true").push("/process/capabilities/bounding", "CAP_FLYING"), "CAP_FLYING");
     let rlimit = json!({ "type": "RLIMIT_WINGS", "soft": 1, "hard": 1 });
     refused(&Bundle::sh("true").push("/process/rlimits", rlimit), "RLIMIT_WINGS");
     refused(

@@ -91,8 +91,10 @@ fn cpu_quota_and_weight() {
 /// As kubelet has them, which gives no container any swap.
 fn unified_limits() {
     let script = "cat /sys/fs/cgroup/memory.high /sys/fs/cgroup/pids.max";
-    let bundle = Bundle::sh(script)
-        .set("/linux/resources/unified", json!({ "memory.high": "50331648", "pids.max": "77", "memory.swap.max": "0" }));
+    let bundle = Bundle::sh(script).set(
+        "/linux/resources/unified",
+        json!({ "memory.high": "50331648", "pids.max": "77", "memory.swap.max": "0" }),
+    );
     assert_eq!(Runtime::under_test().run(&bundle).ok(), "50331648\n77\n");
 }
 

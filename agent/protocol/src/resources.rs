@@ -76,7 +76,8 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Refused> {
     for (file, value) in resources.unified().iter().flatten() {
         let file = file_part("unified", file)?;
         if let Some(controller) = HOSTS.iter().find(|prefix| file.starts_with(**prefix)) {
-            let reason = format!("{controller}* is the host's to limit; name it in linux.resources.{{cpu,blockIO}}");
+            let reason =
+                format!("{controller}* is the host's to limit; name it in linux.resources.{{cpu,blockIO}}");
             return Err(refuse(&format!("unified[{file:?}]"), reason));
         }
         let only_if_present = ABSENT.iter().any(|prefix| file.starts_with(prefix));

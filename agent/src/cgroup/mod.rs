@@ -113,9 +113,13 @@ impl Cgroup {
     /// Makes it, with limits.
     pub fn create(&self, limits: Option<&LinuxResources>) -> Result<(), Error> {
         fs::create_dir(&self.path).map_err(|e| Error::os(format!("making the cgroup {}", self.name), e))?;
-        match limits {
-            Some(limits) => self.limit(limits),
-            None => Ok(()),
+        if let Some(limits) = limits {
+            self.limit(limits)?;
+        }
+        // Without a word about devices only those are there that every container has.
+        match limits.and_then(|limits| limits.devices().as_ref()) {
+            Some(rules) if !rules.is_empty() => Ok(()),
+            _ => devices::restrict(&self.path, &[]),
         }
     }
 

@@ -17,7 +17,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Capability, LinuxIdMapping, LinuxNamespaceType, LinuxResources, Process, Spec};
 use serde::{Deserialize, Serialize};
 use stockade_agent_protocol::resources::Refused;
 
@@ -275,8 +275,19 @@ pub fn parse_process(text: &[u8]) -> Result<Process, serde_json::Error> {
     })
 }
 
-/// A user that is not given is root: callers of runc count on it.
+/// A user that is not given is root: callers of runc count on it. A capability that nobody here knows cannot be granted,
+/// and is no reason to fail (runtime specification, "Linux Process"): a newer host may name one.
 fn as_other_runtimes_read(process: &mut serde_json::Value) {
+    let sets = process.pointer_mut("/capabilities").and_then(|sets| sets.as_object_mut());
+    for names in sets.into_iter().flatten().filter_map(|(_, names)| names.as_array_mut()) {
+        names.retain(|name| {
+            let unknown = name.is_string() && serde_json::from_value::<Capability>(name.clone()).is_err();
+            if unknown {
+                tracing::warn!("process.capabilities: {name} is not known here and is left out");
+            }
+            !unknown
+        });
+    }
     if let Some(process) = process.as_object_mut() {
         let user = process.entry("user").or_insert_with(|| serde_json::json!({}));
         for id in ["uid", "gid"] {
@@ -403,7 +414,7 @@ pub(crate) mod tests {
     fn a_value_of_the_wrong_kind_is_named_with_its_field() {
         for (changes, parts) in [
             (json!({"process": {"args": "no list"}}), ["process.args", "line"]),
-            (json!({"process": {"capabilities": {"bounding": ["CAP_FLYING"]}}}), ["CAP_FLYING", "bounding"]),
+            (json!({"process": {"capabilities": {"bounding": [7]}}}), ["7", "bounding"]),
             (json!({"linux": {"devices": [{"path": "/dev/x", "type": "q"}]}}), ["/dev/x", "devices[0]"]),
             (
                 json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_SMILE"}}}),
@@ -413,6 +424,14 @@ pub(crate) mod tests {
             let error = refused(changes);
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         }
+    }
+
+    #[test]
+    fn a_capability_that_is_not_known_is_left_out() {
+        let named = json!({"process": {"capabilities": {"bounding": ["CAP_FLYING", "CAP_KILL"]}}});
+        let spec = bundle(named).1.unwrap().spec;
+        let sets = spec.process().as_ref().unwrap().capabilities().clone().unwrap();
+        assert_eq!(sets.bounding(), &Some([Capability::Kill].into()));
     }
 
     #[test]

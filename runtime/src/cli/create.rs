@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{Announce, Error, Global, Outcome, refuse_preserved};
+use super::{Announce, Error, Global, Outcome, refuse_descriptors, warn_of_notify_socket};
 use crate::config::Settings;
 use crate::sandbox::single::{self, Launch, Mode};
 use crate::sandbox::{attach, join, launch, pidfd};
@@ -24,7 +24,8 @@ pub struct Create {
 
 pub fn create(global: &Global, args: Create, process_start_ns: u64) -> Outcome {
     let Create { common: args, pidfd_socket } = args;
-    refuse_preserved(args.preserve_fds)?;
+    refuse_descriptors(args.preserve_fds)?;
+    warn_of_notify_socket();
     state::check(&args.container_id)?;
     let (bundle, with) = join::load(&global.root, &args.bundle)?;
     attach::check_terminal(bundle.terminal(), true, args.console_socket.as_deref())

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Args;
 use oci_spec::runtime::{Capability, Process};
 
-use super::{Announce, Error, Global, Outcome, open, refuse_preserved, stopped};
+use super::{Announce, Error, Global, Outcome, open, refuse_descriptors, stopped};
 use crate::bundle;
 use crate::sandbox::control::Conversation;
 use crate::sandbox::{attach, launch, pidfd};
@@ -31,7 +31,7 @@ pub fn exec(global: &Global, args: Exec) -> Outcome {
 
 fn exec_or_fail(global: &Global, args: Exec) -> Outcome {
     let Exec { common: args, pidfd_socket } = args;
-    refuse_preserved(args.preserve_fds)?;
+    refuse_descriptors(args.preserve_fds)?;
     let cgroup = args.cgroup.clone().unwrap_or_default();
     if Path::new(&cgroup).components().any(|part| part == Component::ParentDir) {
         return Err(Error::Usage(format!("--cgroup: {cgroup} is not a sub cgroup path")));
@@ -70,8 +70,13 @@ fn process(state: &State, args: &liboci_cli::Exec) -> Result<Process, Error> {
     let mut process = match &args.process {
         Some(path) => {
             let text = fs::read(path).map_err(Error::io(format!("read {}", path.display())))?;
-            return bundle::parse_process(&text)
-                .map_err(|e| Error::Usage(format!("{} is not a valid process: {e}", path.display())));
+            let mut process = bundle::parse_process(&text)
+                .map_err(|e| Error::Usage(format!("{} is not a valid process: {e}", path.display())))?;
+            // A bundle that is gone by now has nothing to add.
+            if let Some(own) = bundle::read_spec(&state.bundle).ok().and_then(|spec| spec.process().clone()) {
+                inherit(&mut process, &own);
+            }
+            return Ok(process);
         }
         None => bundle::read_spec(&state.bundle)?.process().clone().unwrap_or_default(),
     };
@@ -109,6 +114,25 @@ fn process(state: &State, args: &liboci_cli::Exec) -> Result<Process, Error> {
     }
     add_capabilities(&mut process, &args.cap)?;
     Ok(process)
+}
+
+/// What a file leaves out is the container's own, as in runc.
+fn inherit(process: &mut Process, own: &Process) {
+    if process.capabilities().is_none() {
+        process.set_capabilities(own.capabilities().clone());
+    }
+    if process.rlimits().is_none() {
+        process.set_rlimits(own.rlimits().clone());
+    }
+    if process.io_priority().is_none() {
+        process.set_io_priority(*own.io_priority());
+    }
+    if process.scheduler().is_none() {
+        process.set_scheduler(own.scheduler().clone());
+    }
+    if process.exec_cpu_affinity().is_none() {
+        process.set_exec_cpu_affinity(own.exec_cpu_affinity().clone());
+    }
 }
 
 /// `--cap` adds to the bounding, effective and permitted sets.
@@ -193,8 +217,13 @@ mod tests {
     }
 
     #[test]
-    fn a_process_file_is_taken_as_it_is() {
-        let (dir, bundle) = bundle(json!({}));
+    fn a_process_file_is_taken_with_what_the_container_has_besides() {
+        let (dir, bundle) = bundle(json!({"process": {
+            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}],
+            "capabilities": {"bounding": ["CAP_KILL"]},
+            "execCPUAffinity": {"initial": "0"},
+            "env": ["A=1"],
+        }}));
         let state = state(&bundle.unwrap());
         let path = dir.path().join("process.json");
         fs::write(&path, r#"{"args": ["id"], "cwd": "/", "user": {"uid": 5, "gid": 6}}"#).unwrap();
@@ -202,6 +231,12 @@ mod tests {
         let process = process(&state, &parsed(&flags)).unwrap();
         assert_eq!(process.args().as_ref().unwrap(), &["id"]);
         assert_eq!(process.user().uid(), 5);
+        assert_eq!(process.rlimits().as_ref().unwrap()[0].soft(), 5);
+        assert!(
+            process.capabilities().as_ref().unwrap().bounding().as_ref().unwrap().contains(&Capability::Kill)
+        );
+        assert_eq!(process.exec_cpu_affinity().as_ref().unwrap().initial().as_deref(), Some("0"));
+        assert_eq!(process.env(), &None);
         // Go's zero values.
         fs::write(&path, r#"{"args": ["id"], "cwd": "/"}"#).unwrap();
         let process = super::process(&state, &parsed(&flags)).unwrap();

@@ -27,12 +27,13 @@ mod state;
 mod trace;
 mod update;
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::printable::error_line;
 use crate::sandbox::control::{Conversation, Reply, Request};
@@ -48,8 +49,11 @@ const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.
 
 /// Runs OCI containers, each in a microVM of its own
 #[derive(Parser)]
-#[command(name = "stockade", version = VERSION, disable_help_subcommand = true)]
+#[command(name = "stockade", version = VERSION, disable_version_flag = true)]
 struct Arguments {
+    /// Print version
+    #[arg(short = 'v', short_alias = 'V', long, action = ArgAction::Version)]
+    version: Option<bool>,
     #[command(flatten)]
     global: Global,
     #[command(subcommand)]
@@ -167,9 +171,22 @@ impl Error {
 /// A command's exit code.
 pub type Outcome = Result<ExitCode, Error>;
 
+impl Arguments {
+    /// Short forms that runc has, and whose commands are described elsewhere.
+    fn described() -> clap::Command {
+        Arguments::command()
+            .mut_subcommand("list", |list| list.mut_arg("format", |format| format.short('f')))
+            .mut_subcommand("exec", |exec| exec.mut_arg("cap", |cap| cap.short('c')))
+    }
+
+    fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        Arguments::from_arg_matches(&Arguments::described().try_get_matches_from(words)?)
+    }
+}
+
 /// Parses the arguments and runs the command.
 pub fn main(process_start_ns: u64) -> ExitCode {
-    let Arguments { global, command } = match Arguments::try_parse() {
+    let Arguments { global, command, .. } = match Arguments::read(std::env::args_os()) {
         Ok(arguments) => arguments,
         Err(e) => {
             // Help and version are no errors; a usage error is 1, as everything that fails here.
@@ -302,13 +319,27 @@ impl Announce {
     }
 }
 
-/// Flags that runc has and a VM cannot honour.
-fn refuse_preserved(preserve_fds: i32) -> Result<(), Error> {
-    match preserve_fds {
-        0 => Ok(()),
-        n => Err(Error::Usage(format!(
-            "--preserve-fds {n} cannot be honoured: descriptors of the host have no meaning in a VM"
-        ))),
+/// Descriptors that a caller hands on: by a flag, or as systemd does it for a unit's sockets.
+fn refuse_descriptors(preserve_fds: i32) -> Result<(), Error> {
+    let variable = |name: &str| std::env::var(name).unwrap_or_default();
+    let sockets = activated(&variable("LISTEN_FDS"), &variable("LISTEN_PID"), std::process::id());
+    let what = match (preserve_fds, sockets) {
+        (0, 0) => return Ok(()),
+        (0, sockets) => format!("LISTEN_FDS={sockets}"),
+        (fds, _) => format!("--preserve-fds {fds}"),
+    };
+    Err(Error::Usage(format!("{what} cannot be honoured: descriptors of the host have no meaning in a VM")))
+}
+
+/// How many sockets are meant for this process (sd_listen_fds(3)).
+fn activated(fds: &str, pid: &str, me: u32) -> u32 {
+    if pid.parse() == Ok(me) { fds.parse().unwrap_or(0) } else { 0 }
+}
+
+/// Says what is not done for a unit that waits until its container is ready.
+fn warn_of_notify_socket() {
+    if std::env::var_os("NOTIFY_SOCKET").is_some() {
+        tracing::warn!("NOTIFY_SOCKET is left out: a container in a VM cannot reach a socket of the host");
     }
 }
 
@@ -327,11 +358,17 @@ fn show(path: Option<&Path>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+
+    #[test]
+    fn sockets_are_somebodys() {
+        assert_eq!(activated("2", "7", 7), 2);
+        assert_eq!(activated("2", "8", 7), 0);
+        assert_eq!(activated("", "", 7), 0);
+    }
 
     #[test]
     fn the_command_line_is_consistent() {
-        Arguments::command().debug_assert();
+        Arguments::described().debug_assert();
     }
 
     #[test]
@@ -348,6 +385,8 @@ mod tests {
             "stockade ps --format json ID",
             "stockade list -q",
             "stockade list --format json",
+            "stockade list -f json",
+            "stockade exec -c CAP_KILL ID true",
             "stockade run -d -b /b --keep ID",
             "stockade --systemd-cgroup state ID",
             "stockade --debug features",
@@ -368,7 +407,7 @@ mod tests {
             "stockade enter -t ID ps -o pid",
             "stockade enter --program /p ID -- -x",
         ] {
-            if let Err(e) = Arguments::try_parse_from(line.split(' ')) {
+            if let Err(e) = Arguments::read(line.split(' ').map(OsString::from)) {
                 panic!("{line}: {e}");
             }
         }

@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use clap::Args;
 
-use super::{Announce, Error, Global, Outcome, print, refuse_preserved};
+use super::{Announce, Error, Global, Outcome, print, refuse_descriptors, warn_of_notify_socket};
 use crate::bundle::Bundle;
 use crate::config::Settings;
 use crate::image::flags::Flags;
@@ -70,7 +70,8 @@ pub struct Run {
 }
 
 pub fn run(global: &Global, args: Run, process_start_ns: u64) -> Outcome {
-    refuse_preserved(args.preserve_fds)?;
+    refuse_descriptors(args.preserve_fds)?;
+    warn_of_notify_socket();
     let id = id(&args)?;
     state::check(&id)?;
     let (bundle, with, scratch) = match &args.from_image.image {

@@ -203,12 +203,7 @@ impl Supervisor {
     }
 
     /// Ends the VM and leaves what this mode leaves. The exit is known by now: whatever fails here is logged.
-    pub(super) fn end(
-        &self,
-        reservation: &Reservation,
-        cgroup: Option<&Membership>,
-        error: Option<&Error>,
-    ) {
+    pub(super) fn end(&self, reservation: &Reservation, cgroup: Option<&Membership>, error: Option<&Error>) {
         self.container.sandbox.kill();
         if self.container.sandbox.unwire_network() {
             self.container.state.borrow_mut().network = None;
