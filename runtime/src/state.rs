@@ -13,7 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, openat, renameat};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat, stat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
@@ -253,7 +253,8 @@ impl StateDir {
         PathBuf::from(format!("/proc/self/fd/{}/{name}", self.dir.as_raw_fd()))
     }
 
-    /// Waits until no other command changes this container, and keeps others out until the result is dropped.
+    /// Waits until no other command changes this container, and keeps others out until the result is dropped. Who had it
+    /// before may have removed it: then it does not exist, whatever bears its id by now.
     pub fn lock(&self) -> Result<Flock<OwnedFd>, Error> {
         let failed = |e: io::Error| Error::Io("lock", self.path.clone(), e);
         let mut dir = self.dir.try_clone().map_err(failed)?;
@@ -262,11 +263,25 @@ impl StateDir {
             dir = openat(&dir, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
                 .map_err(|e| failed(e.into()))?;
             match Flock::lock(dir, FlockArg::LockExclusive) {
-                Ok(lock) => return Ok(lock),
+                Ok(lock) if self.is_there() => return Ok(lock),
+                Ok(_) => return Err(self.missing()),
                 Err((again, nix::errno::Errno::EINTR)) => dir = again,
                 Err((_, e)) => return Err(failed(e.into())),
             }
         }
+    }
+
+    /// Whether its path still leads to this directory.
+    fn is_there(&self) -> bool {
+        match (fstat(&self.dir), stat(&self.path)) {
+            (Ok(ours), Ok(there)) => (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino),
+            _ => false,
+        }
+    }
+
+    fn missing(&self) -> Error {
+        let shown = |part: Option<&Path>| part.unwrap_or(Path::new("")).display().to_string();
+        Error::Missing { id: shown(self.path.file_name().map(Path::new)), root: shown(self.path.parent()) }
     }
 
     /// Replaces the state.
@@ -440,6 +455,17 @@ pub(crate) mod tests {
         assert!(Flock::lock(again, FlockArg::LockExclusiveNonblock).is_err());
         drop(held);
         other.lock().unwrap();
+    }
+
+    #[test]
+    fn who_waited_for_the_lock_of_one_that_was_removed_finds_none() {
+        let root = tempfile::tempdir().unwrap();
+        let removed = StateDir::create(root.path(), "c").unwrap();
+        removed.remove().unwrap();
+        assert!(matches!(removed.lock(), Err(Error::Missing { id, .. }) if id == "c"));
+        let next = StateDir::create(root.path(), "c").unwrap();
+        assert!(matches!(removed.lock(), Err(Error::Missing { .. })));
+        next.lock().unwrap();
     }
 
     #[test]

@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Bundle, Case, Container, Ended, Exit, Runtime, Stdin, Traces, case, host_scratch, vmm_of,
+    Bundle, Case, Container, Ended, Exit, Program, Runtime, Stdin, Traces, case, host_scratch, vmm_of,
 };
 
 const VM: &str = "the processes and the kernel of the VM";
@@ -20,6 +20,8 @@ pub const CASES: &[Case] = &[
     case!(guest_that_resets_itself_is_no_success).stockade_only(VM).exclusive(),
     case!(workload_that_eats_the_guest_does_not_hurt_the_agent).stockade_only(VM),
     case!(fork_bomb_is_contained),
+    case!(deletion_by_force_does_not_wait_for_an_update),
+    case!(deletion_by_force_does_not_wait_for_a_guest_that_stands_still).stockade_only(VM),
 ];
 
 /// A random generator whose seed is printed, so that a failure can be repeated: xorshift64*.
@@ -300,4 +302,40 @@ fn fork_bomb_is_contained() {
     container.op_with(&["kill", "--all"], &["KILL"]).code(0);
     let ended = container.finish();
     assert_eq!(ended.exit, Exit::Code(137), "{ended:?}");
+}
+
+/// Waits until something can be read in this file of /proc.
+#[track_caller]
+fn wait_for(path: &str, what: impl Fn(&str) -> bool) {
+    let deadline = Instant::now() + crate::harness::HANG;
+    while !what(&fs::read_to_string(path).unwrap_or_default()) {
+        assert!(Instant::now() < deadline, "{path} never came to say so");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn deletion_by_force_does_not_wait_for_an_update() {
+    let (runtime, container) = (Runtime::under_test(), Runtime::under_test().idle());
+    let words = ["update", "--resources", "-", container.id.as_str()];
+    let mut update = Program::spawn(runtime.command(words), Stdin::Pipe);
+    // It reads what nobody writes: read(2) is 0, and so is its first argument.
+    wait_for(&format!("/proc/{}/syscall", update.pid()), |call| call.starts_with("0 0x0 "));
+    container.op_with(&["delete", "--force"], &[]).ok();
+    container.op("state").refused();
+    update.write("{}");
+    update.close_stdin();
+    let reason = update.finish().refused();
+    assert!(!runtime.is_stockade() || reason.contains("does not exist"), "{reason}");
+}
+
+fn deletion_by_force_does_not_wait_for_a_guest_that_stands_still() {
+    let (runtime, container) = (Runtime::under_test(), Runtime::under_test().idle());
+    kill(Pid::from_raw(vmm_of(container.pid()).expect("a VMM")), Signal::SIGSTOP).unwrap();
+    let words = ["update", "--pids-limit", "20", container.id.as_str()];
+    let mut update = Program::spawn(runtime.command(words), Stdin::Null);
+    let pid = format!(" {} ", update.pid());
+    wait_for("/proc/locks", |locks| locks.lines().any(|lock| lock.contains("FLOCK") && lock.contains(&pid)));
+    container.op_with(&["delete", "--force"], &[]).ok();
+    container.op("state").refused();
+    update.finish().refused();
 }

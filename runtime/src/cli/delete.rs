@@ -34,7 +34,17 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
         Err(state::Error::Missing { .. }) if args.force => return Ok(ExitCode::SUCCESS),
         other => other?,
     };
-    let _lock = dir.lock()?;
+    if args.force
+        && let Ok(state) = dir.load()
+        && state.status() != Status::Stopped
+    {
+        // Who holds the lock may be waiting for this container, and then waits no longer.
+        end_supervisor(&state)?;
+    }
+    let _lock = match dir.lock() {
+        Err(state::Error::Missing { .. }) if args.force => return Ok(ExitCode::SUCCESS),
+        other => other?,
+    };
     let state = match dir.load() {
         Ok(state) => state,
         // Whoever made the directory was killed before it wrote anything; its VMM, without a VM yet, dies with it.
@@ -75,15 +85,20 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
 
 /// Kills the supervisor, and with it everything.
 fn kill(state: &State, dir: &StateDir) -> Result<(), Error> {
-    if let Some(supervisor) = state.supervisor.open() {
-        supervisor.signal(libc::SIGKILL).map_err(Error::io("kill the supervisor"))?;
-    }
+    end_supervisor(state)?;
     end(state, dir)
 }
 
 /// Waits until the container's processes are gone.
 fn end(state: &State, dir: &StateDir) -> Result<(), Error> {
     gone("supervisor", Some(state.supervisor), false)?;
+fn end_supervisor(state: &State) -> Result<(), Error> {
+    match state.supervisor.open() {
+        Some(supervisor) => supervisor.signal(libc::SIGKILL).map_err(Error::io("kill the supervisor")),
+        None => Ok(()),
+    }
+}
+
     if let Some(sandbox) = &state.sandbox
         && !join::is_cleared(dir, KILL_TIMEOUT)
     {

@@ -18,7 +18,7 @@ use crate::bundle;
 use crate::sandbox::cgroup;
 use crate::sandbox::control::{Request, attachment};
 use crate::size;
-use crate::state::Status;
+use crate::state::{State, Status};
 
 /// More than any `linux.resources` object has.
 const RESOURCES_MAX: u64 = 1 << 20;
@@ -82,12 +82,8 @@ pub struct Update {
 }
 
 pub fn update(global: &Global, args: Update) -> Outcome {
-    let (dir, _) = open(global, &args.container_id)?;
-    let _lock = dir.lock()?;
-    let state = dir.load()?;
-    if state.status() == Status::Stopped {
-        return Err(stopped("container not running", &state));
-    }
+    let (dir, state) = open(global, &args.container_id)?;
+    must_run(&state)?;
     if args.l3_cache_schema.is_some() || args.mem_bw_schema.is_some() {
         return Err(Error::Usage(
             "--l3-cache-schema and --mem-bw-schema cannot be honoured: the guest has no control of the host's caches"
@@ -100,6 +96,10 @@ pub fn update(global: &Global, args: Update) -> Outcome {
     };
     let changes: LinuxResources = serde_json::from_value(changes)
         .map_err(|e| Error::Usage(format!("the new limits are no linux.resources object: {e}")))?;
+    // Not before: who is to write the limits may take its time, and others want the container meanwhile.
+    let _lock = dir.lock()?;
+    let state = dir.load()?;
+    must_run(&state)?;
     state.vm.check_update(&changes).map_err(|e| Error::Refused(e.to_string()))?;
     if let (None, Some(field)) = (&state.cgroup, cgroup::only_on_host(&changes)) {
         return Err(Error::Refused(format!(
@@ -113,6 +113,13 @@ pub fn update(global: &Global, args: Update) -> Outcome {
     match ask_with(&dir, &Request::Update, &[limits.as_fd()])? {
         Some(_) => Ok(ExitCode::SUCCESS),
         None => Err(stopped("container not running", &state)),
+    }
+}
+
+fn must_run(state: &State) -> Result<(), Error> {
+    match state.status() {
+        Status::Stopped => Err(stopped("container not running", state)),
+        _ => Ok(()),
     }
 }
 
