@@ -22,6 +22,7 @@ pub const CASES: &[Case] = &[
     case!(fork_bomb_is_contained),
     case!(deletion_by_force_does_not_wait_for_an_update),
     case!(deletion_by_force_does_not_wait_for_a_guest_that_stands_still).stockade_only(VM),
+    case!(commands_wait_while_there_is_no_room_for_another_descriptor).stockade_only(VM),
 ];
 
 /// A random generator whose seed is printed, so that a failure can be repeated: xorshift64*.
@@ -338,4 +339,28 @@ fn deletion_by_force_does_not_wait_for_a_guest_that_stands_still() {
     container.op_with(&["delete", "--force"], &[]).ok();
     container.op("state").refused();
     update.finish().refused();
+}
+
+fn commands_wait_while_there_is_no_room_for_another_descriptor() {
+    let log = host_scratch();
+    let path = log.path().join("log");
+    let runtime = Runtime::under_test().global(&["--log", path.to_str().unwrap()]);
+    let container = runtime.idle();
+    let pid = container.pid();
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let numbers = open.map(|entry| entry.unwrap().file_name().into_string().unwrap().parse::<u64>().unwrap());
+    let taken = numbers.collect::<std::collections::BTreeSet<_>>();
+    let first_free = (0..).find(|number| !taken.contains(number)).unwrap();
+    let prlimit = |options: &[&str]| {
+        let mut command = std::process::Command::new("prlimit");
+        command.args(["--pid", &pid.to_string()]).args(options);
+        Program::spawn(command, Stdin::Null).finish().ok()
+    };
+    let before = prlimit(&["--nofile", "--raw", "--noheadings", "--output", "SOFT"]);
+    prlimit(&[&format!("--nofile={first_free}:")]);
+    let mut exec = container.start_exec(&[], &["echo", "heard"], Stdin::Null);
+    wait_for(path.to_str().unwrap(), |log| log.contains("commands wait until there is room"));
+    prlimit(&[&format!("--nofile={}:", before.trim())]);
+    assert_eq!(exec.finish().ok(), "heard\n");
+    assert_eq!(container.exec("echo again").ok(), "again\n");
 }

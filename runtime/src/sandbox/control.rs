@@ -31,6 +31,9 @@ const MAX_FDS: usize = 3;
 /// Most bytes of a file in memory that are read: what the agent's contract carries at most in one message.
 const MAX_ATTACHMENT: u64 = 4 << 20;
 
+/// How soon it is looked again for room for a conversation.
+const FULL_WAIT: Duration = Duration::from_millis(100);
+
 /// From a command to the supervisor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -206,16 +209,31 @@ impl Listener {
         Ok(Listener(socket))
     }
 
-    /// Calls `answer` for each new conversation, until the future is dropped.
+    /// Calls `answer` for each new conversation, until the future is dropped. Where the process or the host has no room
+    /// for one, who connects waits until there is.
     pub async fn each(&self, mut answer: impl FnMut(AsyncConversation)) -> io::Result<()> {
         let listener = register(self.0.as_fd(), Interest::READABLE)?;
+        let mut is_full = false;
         loop {
             let mut ready = listener.readable().await?;
             match accept4(self.0.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
-                // SAFETY: accept4 has just made this descriptor for us; nobody else knows it.
-                Ok(fd) => answer(Conversation(unsafe { OwnedFd::from_raw_fd(fd) }).into_async()?),
+                Ok(fd) => {
+                    is_full = false;
+                    // SAFETY: accept4 has just made this descriptor for us; nobody else knows it.
+                    match Conversation(unsafe { OwnedFd::from_raw_fd(fd) }).into_async() {
+                        Ok(talk) => answer(talk),
+                        Err(e) => tracing::warn!("a command gets no answer: {e}"),
+                    }
+                }
                 Err(Errno::EAGAIN) => ready.clear_ready(),
                 Err(Errno::ECONNABORTED | Errno::EINTR) => {}
+                Err(e @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)) => {
+                    if !std::mem::replace(&mut is_full, true) {
+                        tracing::warn!("commands wait until there is room for them: {e}");
+                    }
+                    // What makes room does not say so.
+                    tokio::time::sleep(FULL_WAIT).await;
+                }
                 Err(e) => return Err(e.into()),
             }
         }
