@@ -23,6 +23,7 @@ pub const CASES: &[Case] = &[
     case!(deletion_by_force_does_not_wait_for_an_update),
     case!(deletion_by_force_does_not_wait_for_a_guest_that_stands_still).stockade_only(VM),
     case!(commands_wait_while_there_is_no_room_for_another_descriptor).stockade_only(VM),
+    case!(hook_that_does_not_end_keeps_nothing_alive).stockade_only(VM),
 ];
 
 /// A random generator whose seed is printed, so that a failure can be repeated: xorshift64*.
@@ -363,4 +364,26 @@ fn commands_wait_while_there_is_no_room_for_another_descriptor() {
     prlimit(&[&format!("--nofile={}:", before.trim())]);
     assert_eq!(exec.finish().ok(), "heard\n");
     assert_eq!(container.exec("echo again").ok(), "again\n");
+}
+
+fn hook_that_does_not_end_keeps_nothing_alive() {
+    let bundle = Bundle::sh("read line");
+    let file = bundle.dir().join("hook");
+    let script = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 100000", file.display());
+    let bundle = bundle.push(
+        "/hooks/poststart",
+        serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]}),
+    );
+    let runtime = Runtime::under_test();
+    let mut container = runtime.create_with(&bundle, Stdin::Pipe, &[]);
+    let pid = container.pid();
+    let mut start = Program::spawn(runtime.command(["start", container.id.as_str()]), Stdin::Null);
+    let path = file.to_str().unwrap();
+    wait_for(path, |hook| hook.ends_with('\n'));
+    let hook = fs::read_to_string(path).unwrap().trim().parse().unwrap();
+    container.program.write("\n");
+    container.wait_stopped(pid);
+    container.op("delete").ok();
+    start.finish();
+    kill(Pid::from_raw(hook), Signal::SIGKILL).unwrap();
 }

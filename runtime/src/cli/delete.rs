@@ -56,7 +56,10 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
     };
     match state.status() {
         // Its processes may be about to end.
-        Status::Stopped => end(&state, &dir)?,
+        Status::Stopped => match end(&state, &dir) {
+            Err(_) if args.force => kill(&state, &dir)?,
+            other => other?,
+        },
         // The specification would have it refused; runc's callers count on it.
         Status::Created => kill(&state, &dir)?,
         _ if args.force => kill(&state, &dir)?,

@@ -446,7 +446,12 @@ async fn run_hooks_in(
     let namespaces = namespaces.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
     let namespaces = namespaces.map_err(|e| Error::Os("keep the namespaces for hooks", e))?;
     let run = move || hooks::run(kind, &list, &state, &namespaces);
-    match tokio::task::spawn_blocking(run).await {
+    let (done, result) = tokio::sync::oneshot::channel();
+    // None of the event loop's, which waits for its threads at its end: a hook need not come to one.
+    std::thread::Builder::new()
+        .spawn(move || done.send(run()))
+        .map_err(|e| Error::Os("start a thread for hooks", e))?;
+    match result.await {
         Ok(result) => Ok(result?),
         Err(e) => Err(Error::Os("run hooks", io::Error::other(e))),
     }
