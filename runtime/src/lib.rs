@@ -24,6 +24,7 @@ mod sandbox;
 mod shim;
 mod size;
 mod state;
+mod thread;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::shared::{NETWORK, sharing};
 use crate::harness::{
     Bundle, Case, Container, Ended, Exit, Program, Runtime, Stdin, Traces, case, host_scratch, vmm_of,
 };
@@ -24,6 +25,7 @@ pub const CASES: &[Case] = &[
     case!(deletion_by_force_does_not_wait_for_a_guest_that_stands_still).stockade_only(VM),
     case!(commands_wait_while_there_is_no_room_for_another_descriptor).stockade_only(VM),
     case!(hook_that_does_not_end_keeps_nothing_alive).stockade_only(VM),
+    case!(host_without_another_thread_fails_what_needs_one_and_nothing_else).stockade_only(VM),
 ];
 
 /// A random generator whose seed is printed, so that a failure can be repeated: xorshift64*.
@@ -386,4 +388,19 @@ fn hook_that_does_not_end_keeps_nothing_alive() {
     container.op("delete").ok();
     start.finish();
     kill(Pid::from_raw(hook), Signal::SIGKILL).unwrap();
+}
+
+fn host_without_another_thread_fails_what_needs_one_and_nothing_else() {
+    let runtime = Runtime::under_test();
+    let path = format!("/{}", crate::harness::Id::new().as_str());
+    let first = runtime.create(&Bundle::idle().set("/linux/cgroupsPath", path.as_str()));
+    first.op("start").ok();
+    first.program.expect_line("ready");
+    let file = |name| std::path::Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/')).join(name);
+    fs::write(file("pids.max"), fs::read_to_string(file("pids.current")).unwrap().trim()).unwrap();
+    let reason = runtime.run(&sharing(Bundle::sh("true"), &first, &[NETWORK])).refused();
+    assert!(reason.contains("cannot start a thread"), "{reason}");
+    fs::write(file("pids.max"), "max").unwrap();
+    runtime.run(&sharing(Bundle::sh("true"), &first, &[NETWORK])).ok();
+    assert_eq!(first.exec("echo unharmed").ok(), "unharmed\n");
 }

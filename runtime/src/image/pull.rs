@@ -160,7 +160,8 @@ impl Transfer<'_> {
         };
         std::thread::scope(|scope| {
             for _ in 1..layers.len().min(AT_A_TIME) {
-                scope.spawn(work);
+                // Where there is no thread for it this one brings them all.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, work);
             }
             work();
         });

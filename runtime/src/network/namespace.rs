@@ -12,6 +12,7 @@ use stockade_netlink::route::RouteNetlinkMessage;
 use stockade_netlink::route::link::{LinkFlags, LinkMessage};
 
 use super::{Error, Record, Wired, kernel};
+use crate::thread;
 
 const OWN: &str = "/proc/self/ns/net";
 /// Whoever calls may itself be in a namespace; this is where the host is.
@@ -82,13 +83,11 @@ pub fn within(
     if id(&there.metadata().map_err(failed)?) != wanted {
         return Ok(());
     }
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(move || {
-            setns(&there, CloneFlags::CLONE_NEWNET).map_err(|e| failed(e.into()))?;
-            work()
-        });
-        thread.join().unwrap_or_else(|_| Err(failed(io::Error::other("the work in it panicked"))))
-    })
+    let enter_and_work = || {
+        setns(&there, CloneFlags::CLONE_NEWNET).map_err(|e| failed(e.into()))?;
+        work()
+    };
+    thread::aside(enter_and_work).map_err(failed)?
 }
 
 fn id(of: &Metadata) -> (u64, u64) {

@@ -13,6 +13,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::share::{Error, identity, set_attributes};
+use crate::thread;
 
 /// Copies of the host's mounts. Dropping it takes them away.
 #[derive(Debug, Default)]
@@ -31,7 +32,6 @@ impl Drop for Adopted {
 pub fn adopt(outside: BorrowedFd, paths: &[PathBuf]) -> Result<Adopted, Error> {
     let paths: Vec<(&Path, Option<(u64, u64)>)> =
         paths.iter().map(|path| (path.as_path(), identity(path))).collect();
-    // A thread of its own, because a namespace is entered for good.
     let look = || {
         unshare(CloneFlags::CLONE_FS)
             .and_then(|()| setns(outside, CloneFlags::CLONE_NEWNS))
@@ -41,10 +41,7 @@ pub fn adopt(outside: BorrowedFd, paths: &[PathBuf]) -> Result<Adopted, Error> {
             paths.iter().filter(differs).map(|(path, _)| Ok((*path, tree(path).map_err(failed(path))?)));
         copied.collect::<Result<Vec<_>, Error>>()
     };
-    let found = std::thread::scope(|scope| match scope.spawn(look).join() {
-        Ok(found) => found,
-        Err(panic) => std::panic::resume_unwind(panic),
-    })?;
+    let found = thread::aside(look).map_err(Error::Thread)??;
     let mut adopted = Adopted::default();
     for (path, tree) in found {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;

@@ -68,6 +68,7 @@ use crate::network::{Error as NetworkError, Network, Record as NetworkRecord};
 use crate::records::{self, Record};
 use crate::size;
 use crate::state;
+use crate::thread;
 pub use adopt::Adopted;
 use agent::Agent;
 pub use boot::Wishes;
@@ -233,12 +234,8 @@ impl Sandbox {
     fn with_share<T: Send>(&self, work: impl FnOnce(&Share) -> Result<T, Error> + Send) -> Result<T, Error> {
         let view = self.view.borrow();
         let (Some(view), share) = (&*view, &self.share) else { return work(&self.share) };
-        // A thread of its own, because a namespace is entered for good.
-        let there = || view.before().map_err(Error::View).and_then(|()| work(share));
-        std::thread::scope(|scope| match scope.spawn(there).join() {
-            Ok(done) => done,
-            Err(panic) => std::panic::resume_unwind(panic),
-        })
+        thread::aside(|| view.before().map_err(Error::View).and_then(|()| work(share)))
+            .map_err(|e| Error::Os("start a thread for the share", e))?
     }
 
     /// Has a container's word count on how soon the host may take the VM's memory.

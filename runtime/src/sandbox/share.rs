@@ -36,6 +36,9 @@ pub enum Error {
     /// no mount namespace of our own
     #[error("cannot make a mount namespace: {0}; stockade must run as root with CAP_SYS_ADMIN")]
     Namespace(#[source] Errno),
+    /// no thread to look at the host's mounts from
+    #[error("cannot start a thread for the host's mounts: {0}")]
+    Thread(#[source] io::Error),
     /// the share itself cannot be made
     #[error("cannot make the share directory {0}: {1}")]
     Share(PathBuf, #[source] io::Error),

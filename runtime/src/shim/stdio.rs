@@ -80,7 +80,10 @@ impl Drop for Held {
     fn drop(&mut self) {
         if let Some(mut logger) = self.logger.take() {
             // It ends with its input, and has all the time it wants for what it has read.
-            std::thread::spawn(move || logger.wait());
+            let waiting = std::thread::Builder::new().spawn(move || logger.wait());
+            if let Err(e) = waiting {
+                tracing::warn!("a logging program stays a zombie when it ends: {e}");
+            }
         }
     }
 }
