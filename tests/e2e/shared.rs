@@ -6,7 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::harness::{Bundle, Case, Container, Runtime, Stdin, case};
+use crate::harness::{Bundle, Case, Container, Id, Runtime, Stdin, Traces, case};
 
 const VM: &str = "the VM is the other container's";
 
@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     case!(killing_the_first_once_more_ends_the_vm).stockade_only(VM).exclusive(),
     case!(it_is_killed_with_the_vm).stockade_only(VM).exclusive(),
     case!(what_needs_another_network_is_refused).stockade_only(VM),
+    case!(one_whose_caller_cannot_be_told_leaves_nothing).exclusive(),
 ];
 
 /// Has it share these namespaces with a container.
@@ -198,4 +199,17 @@ fn what_needs_another_network_is_refused() {
     let user = ("user", "user");
     let reason = runtime.run(&sharing(Bundle::sh("true"), &first, &[NETWORK, user])).refused();
     assert!(reason.contains("(user)"), "{reason}");
+}
+
+fn one_whose_caller_cannot_be_told_leaves_nothing() {
+    let runtime = Runtime::under_test();
+    let first = runtime.idle();
+    let bundle = sharing(Bundle::idle(), &first, &[NETWORK, IPC]);
+    let (id, dir) = (Id::new(), bundle.save().to_str().unwrap());
+    let before = Traces::now();
+    runtime.call(&["create", "--bundle", dir, "--pid-file", "/no/such/dir/pid", id.as_str()]).refused();
+    runtime.call(&["state", id.as_str()]).refused();
+    assert_eq!(before.new_since(), [""; 0]);
+    assert_eq!(first.exec("echo unharmed").ok(), "unharmed\n");
+    first.kill("KILL");
 }

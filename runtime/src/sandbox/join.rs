@@ -192,11 +192,12 @@ pub fn run(
         if mode != Mode::Create {
             start(&dir)?;
         }
+        ready()?;
         if mode != (Mode::Run { keep: false }) {
             // From here on the container exists for other commands, and `delete` is how it ends.
             reservation.keep();
         }
-        ready()
+        Ok(())
     };
     // This process may wait for days.
     drop((bundle, adapted, bytes));
