@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::harness::{Bundle, Case, Id, Program, Runtime, Stdin, case, vmm_of};
+use crate::harness::{Bundle, Case, Exit, Id, Program, Runtime, Stdin, case, vmm_of};
 
 const VM: &str = "the cgroup of a VM";
 
@@ -22,6 +22,8 @@ pub const CASES: &[Case] = &[
     case!(guest_kills_for_memory_before_the_host).stockade_only(VM),
     case!(cgroup_in_use_is_refused).stockade_only("the lab's runc takes it"),
     case!(frozen_cgroup_is_refused),
+    case!(one_id_at_a_time_and_nobody_else_harms_it).stockade_only(VM),
+    case!(deletion_spares_who_lives_there_by_now).stockade_only(VM),
     case!(limits_without_a_name_have_a_cgroup_where_runc_makes_it),
 ];
 
@@ -192,4 +194,55 @@ fn cgroup_in_use_is_refused() {
     let reason = Runtime::under_test().run(&bundle).refused();
     assert!(reason.contains(&path) && reason.contains("not empty"), "{reason}");
     assert_eq!(container.status(), "created");
+}
+
+fn one_id_at_a_time_and_nobody_else_harms_it() {
+    let (runtime, path, id) = (Runtime::under_test(), fresh(), Id::new());
+    let bundle = Bundle::idle().set("/linux/cgroupsPath", path.as_str());
+    let create = |id: &Id| {
+        let words = ["create", "--bundle", bundle.save().to_str().unwrap(), id.as_str()];
+        Program::spawn(runtime.command(words), Stdin::Null)
+    };
+    let mut both = [(); 2].map(|()| create(&id));
+    let mut made = both.each_mut().map(|program| program.exit() == Exit::Code(0));
+    assert!(made[0] != made[1], "{}\n{}", both[0].report(), both[1].report());
+    if made[1] {
+        both.reverse();
+        made.reverse();
+    }
+    let [winner, mut loser] = both;
+    let reason = loser.finish().refused();
+    assert!(reason.contains("container with given ID already exists"), "{reason}");
+    // And of one that runs.
+    let container = runtime.adopt(&bundle, id, winner);
+    container.op("start").ok();
+    container.program.expect_line("ready");
+    let reason = create(&container.id).finish().refused();
+    assert!(reason.contains("container with given ID already exists"), "{reason}");
+    assert_eq!(container.exec("echo unharmed").ok(), "unharmed\n");
+    let pid = container.pid();
+    container.kill("KILL");
+    container.wait_stopped(pid);
+    container.delete();
+    assert!(!on_host(&path).exists());
+}
+
+fn deletion_spares_who_lives_there_by_now() {
+    let (runtime, path) = (Runtime::under_test(), fresh());
+    let bundle = || Bundle::idle().set("/linux/cgroupsPath", path.as_str());
+    let old = runtime.create(&bundle());
+    let pid = old.pid();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    old.wait_stopped(pid);
+    let new = runtime.create(&bundle());
+    new.op("start").ok();
+    new.program.expect_line("ready");
+    old.delete();
+    assert_eq!(new.exec("echo unharmed").ok(), "unharmed\n");
+    assert_eq!(cgroup_of(new.pid()), format!("0::{path}"));
+    let pid = new.pid();
+    new.kill("KILL");
+    new.wait_stopped(pid);
+    new.delete();
+    assert!(!on_host(&path).exists());
 }

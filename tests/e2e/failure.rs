@@ -133,7 +133,10 @@ fn fifty_kills_at_random_moments() {
                 .without_namespace("pid")
                 .capability("CAP_SYS_PTRACE")
                 .push("/process/env", format!("COUNT={}", (moment * 100_000.0) as u64)),
-            _ => Bundle::sh("echo ready; while :; do seq 1 1000; done"),
+            // In a cgroup of its own, which must not stay either.
+            Victim::Supervisor => Bundle::sh("echo ready; while :; do seq 1 1000; done")
+                .set("/linux/cgroupsPath", format!("/{}", crate::harness::Id::new().as_str())),
+            Victim::Vmm => Bundle::sh("echo ready; while :; do seq 1 1000; done"),
         };
         let ended = run_and_kill(victim, moment, ready_after, &bundle);
         drop(bundle);

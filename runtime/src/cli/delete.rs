@@ -72,7 +72,7 @@ pub fn delete(global: &Global, args: Delete) -> Outcome {
         }
     }
     if let Some(path) = &state.cgroup {
-        cgroup::remove(path).map_err(|e| Error::Refused(e.to_string()))?;
+        cgroup::remove(path, state.supervisor).map_err(|e| Error::Refused(e.to_string()))?;
     }
     if let Some(scratch) = &state.scratch {
         scratch::remove(scratch).map_err(image::Error::from)?;
@@ -92,9 +92,6 @@ fn kill(state: &State, dir: &StateDir) -> Result<(), Error> {
     end(state, dir)
 }
 
-/// Waits until the container's processes are gone.
-fn end(state: &State, dir: &StateDir) -> Result<(), Error> {
-    gone("supervisor", Some(state.supervisor), false)?;
 fn end_supervisor(state: &State) -> Result<(), Error> {
     match state.supervisor.open() {
         Some(supervisor) => supervisor.signal(libc::SIGKILL).map_err(Error::io("kill the supervisor")),
@@ -102,6 +99,9 @@ fn end_supervisor(state: &State) -> Result<(), Error> {
     }
 }
 
+/// Waits until the container's processes are gone.
+fn end(state: &State, dir: &StateDir) -> Result<(), Error> {
+    gone("supervisor", Some(state.supervisor), false)?;
     if let Some(sandbox) = &state.sandbox
         && !join::is_cleared(dir, KILL_TIMEOUT)
     {

@@ -6,6 +6,9 @@
 //! then it is where runc would make it. Limits are those of the workload and what the VM needs besides, so that the
 //! guest's own OOM killer and scheduler act first. `delete` removes it, from the state alone; the parents that had to be
 //! made stay, as under runc. Where systemd runs the host and the path has its form, it is systemd that makes it.
+//!
+//! A path does not say whose the directory there is: it may have been left by one sandbox and taken by the next. So it
+//! bears a mark of the sandbox that lives in it, and only what bears a sandbox's mark is killed for it.
 
 mod limits;
 mod systemd;
@@ -20,7 +23,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use oci_spec::runtime::{LinuxResources, Spec};
+use rustix::fs::{XattrFlags, getxattr, setxattr};
 
+use crate::process::ProcessId;
 use crate::size::VmSize;
 use limits::{Setting, block_io, memory_max, settings};
 
@@ -30,6 +35,10 @@ const ROOT: &str = "/sys/fs/cgroup";
 const DEFAULT_SLICE: &str = "system.slice";
 /// The VMM's, below it.
 const VMM: &str = "vmm";
+/// Extended attribute of a sandbox's: which process is its supervisor. Of the kind that only root can set and see.
+const MARK: &str = "trusted.stockade";
+/// Longer than any mark.
+const MARK_MAX: usize = 64;
 /// How long the kernel may take to see that a cgroup whose processes have ended is empty.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -70,6 +79,16 @@ pub enum Place {
     Own(PathBuf),
     /// In a scope of systemd's, by its cgroup's absolute path and the slice.
     Scope(PathBuf, String),
+}
+
+impl Place {
+    /// Its cgroup, if it is to have one of its own.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Place::Callers => None,
+            Place::Own(path) | Place::Scope(path, _) => Some(path),
+        }
+    }
 }
 
 /// Finds the place for a sandbox with this configuration and these limits. `systemd` says that its path has systemd's
@@ -217,15 +236,24 @@ fn own() -> Result<PathBuf, Error> {
 pub struct Membership {
     path: PathBuf,
     came_from: PathBuf,
+    owner: ProcessId,
     ours: Cell<bool>,
 }
 
 impl Membership {
     /// Makes the cgroup of a place, if it has one, with its limits, and moves this process there. What it starts from
-    /// then on is there too.
-    pub fn enter(place: Place, limits: &LinuxResources, vm: VmSize) -> Result<Option<Self>, Error> {
+    /// then on is there too. `owner` is this process.
+    pub fn enter(
+        place: Place,
+        limits: &LinuxResources,
+        vm: VmSize,
+        owner: ProcessId,
+    ) -> Result<Option<Self>, Error> {
         let came_from = own()?;
-        let in_it = |path| Membership { path, came_from, ours: Cell::new(true) };
+        let in_it = |path: PathBuf| {
+            mark(&path, owner);
+            Membership { path, came_from, owner, ours: Cell::new(true) }
+        };
         match place {
             Place::Callers => Ok(None),
             Place::Own(path) => {
@@ -283,9 +311,10 @@ impl Membership {
 
     /// Goes back to where this process came from and removes the cgroup, whose other processes have ended.
     pub fn leave(&self) {
-        if self.ours.replace(false)
-            && let Err(e) = join(&self.came_from).and_then(|()| remove(&self.path))
-        {
+        if !self.ours.replace(false) {
+            return;
+        }
+        if let Err(e) = join(&self.came_from).and_then(|()| remove(&self.path, self.owner)) {
             tracing::warn!("{e}");
         }
     }
@@ -294,6 +323,38 @@ impl Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         self.leave();
+    }
+}
+
+/// A host on which it cannot be set misses it only where a hook leaves something behind.
+fn mark(path: &Path, owner: ProcessId) {
+    if let Err(e) = setxattr(path, MARK, mark_of(owner).as_bytes(), XattrFlags::empty()) {
+        tracing::debug!("cannot mark the cgroup {}: {e}", path.display());
+    }
+}
+
+fn mark_of(owner: ProcessId) -> String {
+    format!("{} {}", owner.pid, owner.start)
+}
+
+/// Whose a cgroup is.
+#[derive(Debug, PartialEq, Eq)]
+enum Whose {
+    /// That sandbox's, or it is gone.
+    Its,
+    /// Another sandbox's.
+    Anothers,
+    /// No sandbox's that has left a mark.
+    Nobodys,
+}
+
+fn whose(path: &Path, owner: ProcessId) -> Whose {
+    let mut found = [0; MARK_MAX];
+    match getxattr(path, MARK, &mut found[..]) {
+        Ok(len) if found[..len] == *mark_of(owner).as_bytes() => Whose::Its,
+        Ok(_) => Whose::Anothers,
+        Err(rustix::io::Errno::NOENT) => Whose::Its,
+        Err(_) => Whose::Nobodys,
     }
 }
 
@@ -394,25 +455,37 @@ fn write(path: &Path, settings: &[Setting]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes the cgroup of a sandbox whose processes have ended. One that is gone is fine; what a hook has left in it is
-/// ended.
-pub fn remove(path: &Path) -> Result<(), Error> {
-    remove_one(&path.join(VMM))?;
+/// Removes the cgroup of a sandbox whose processes have ended, of which `owner` was the supervisor. One that is gone is
+/// fine; what a hook has left in it is ended. What somebody else lives in by now is left alone.
+pub fn remove(path: &Path, owner: ProcessId) -> Result<(), Error> {
+    match whose(path, owner) {
+        Whose::Its => {}
+        Whose::Anothers => return Ok(()),
+        // The sandbox did not come to live in it, or is one of an earlier version.
+        Whose::Nobodys => return remove_one(&path.join(VMM), false).and_then(|()| remove_one(path, false)),
+    }
+    remove_one(&path.join(VMM), true)?;
     if let Some(scope) = scope(path) {
         systemd::stop(&scope, &in_hierarchy(path))?;
     }
-    remove_one(path)
+    remove_one(path, true)
 }
 
-fn remove_one(path: &Path) -> Result<(), Error> {
+fn remove_one(path: &Path, kill: bool) -> Result<(), Error> {
     let begin = Instant::now();
     loop {
         match fs::remove_dir(path).map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {
             Ok(()) | Err((Some(Errno::ENOENT), _)) => return Ok(()),
             Err((Some(Errno::EBUSY), _)) if begin.elapsed() < EMPTY_TIMEOUT => {
-                // Without it (before Linux 5.14) only the wait is left.
-                let _ = fs::write(path.join("cgroup.kill"), "1");
+                if kill {
+                    // Without it (before Linux 5.14) only the wait is left.
+                    let _ = fs::write(path.join("cgroup.kill"), "1");
+                }
                 std::thread::sleep(Duration::from_millis(5));
+            }
+            Err((Some(Errno::EBUSY), _)) if !kill => {
+                tracing::warn!("the cgroup {} stays: others live in it", path.display());
+                return Ok(());
             }
             Err((_, e)) => return Err(Error::Io("remove", path.to_owned(), e)),
         }

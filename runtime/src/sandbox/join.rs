@@ -153,21 +153,21 @@ pub fn run(
     let outside = outside.map_err(os("keep the namespaces for hooks"))?;
 
     let place = cgroup::place(&bundle.spec, &bundle.limits(), &id, systemd_cgroup)?;
-    let cgroup = Membership::enter(place, &bundle.limits(), host.vm)?;
-    let network = File::open(network_of(&host)).map_err(|_| Error::Ended(host.id.clone()))?;
-    setns(network, CloneFlags::CLONE_NEWNET)
-        .map_err(|e| SandboxError::Os("enter the network namespace of the VM", e.into()))?;
-    share::enter_namespace(false)?;
-
     let state = State {
-        sandbox: Some(host.sandbox.unwrap_or(host.id)),
+        sandbox: Some(host.sandbox.clone().unwrap_or(host.id.clone())),
         scratch,
-        cgroup: cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),
+        cgroup: place.path().map(Path::to_owned),
         ..first_state(&id, &bundle, host.vm)?
     };
     let reservation = Reservation::new(StateDir::create(&root, &id)?);
     let dir = reservation.dir().clone();
     dir.save(&state)?;
+    let cgroup = Membership::enter(place, &bundle.limits(), host.vm, state.supervisor)?;
+    let network = File::open(network_of(&host)).map_err(|_| Error::Ended(host.id.clone()))?;
+    setns(network, CloneFlags::CLONE_NEWNET)
+        .map_err(|e| SandboxError::Os("enter the network namespace of the VM", e.into()))?;
+    share::enter_namespace(false)?;
+
     let share = Share::mount(dir.path().join(SHARE))?;
     share.add(&bundle, &adapted.binds)?;
     let foreground = matches!(mode, Mode::Run { .. });

@@ -99,16 +99,18 @@ fn run_to_its_end(
     let os = |what| move |e: io::Error| Error::Os(what, e);
 
     let place = cgroup::place(&bundle.spec, &bundle.limits(), &id, launch.systemd_cgroup)?;
-    let cgroup = Membership::enter(place, &bundle.limits(), size)?;
     let signals = Signals::block().map_err(os("block signals"))?;
+    // The id first, and with it what `delete` is to remove: nobody else of this name gets as far as the cgroup.
+    let first = first_state(&id, &bundle, size)?;
+    let first = State { scratch, cgroup: place.path().map(Path::to_owned), ..first };
+    let reservation = Reservation::new(StateDir::create(&root, &id)?);
+    reservation.dir().save(&first)?;
+    let cgroup = Membership::enter(place, &bundle.limits(), size, first.supervisor)?;
     let network = Network::enter(&bundle.spec, !matches!(mode, Mode::Run { .. }))?;
     let spawned = Sandbox::spawn(bundle.spec.hooks().is_some(), network, cgroup.as_ref(), timeline)?;
 
-    // Both at once: from the moment there is a directory, it says whom `delete` has to wait for.
-    let first = first_state(&id, &bundle, size)?;
-    let own_cgroup = cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
-    let state = State { vmm: Some(spawned.vmm_process()?), scratch, cgroup: own_cgroup, ..first };
-    let reservation = Reservation::new(StateDir::create(&root, &id)?);
+    // Now it says whom `delete` has to wait for. Until it does the VMM has no VM, and goes with this process.
+    let state = State { vmm: Some(spawned.vmm_process()?), ..first };
     reservation.dir().save(&state)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

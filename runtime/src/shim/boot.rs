@@ -1,7 +1,7 @@
 //! The start of a shim's VM.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use oci_spec::runtime::{LinuxResources, Spec};
@@ -75,23 +75,13 @@ pub fn boot(plan: &Plan, spec: &Spec, pod: Option<&PodConfig>) -> Result<Booted,
     let limits = if plan.role.is_pod() { LinuxResources::default() } else { bundle::limits(spec) };
     let systemd = cgroup::is_systemd_path(spec);
     let place = cgroup::place(spec, &limits, &plan.id, systemd)?;
-    let cgroup = Membership::enter(place, &limits, size)?;
-    let network = Network::enter(spec, true)?;
-    let spawned = Sandbox::spawn(true, network, cgroup.as_ref(), Timeline::begin(plan.process_start_ns))?;
-    let vmm = spawned.vmm_process()?;
-    let root = super::state_root(&plan.namespace);
-    let reservation = Reservation::new(StateDir::create(&root, &plan.id)?);
-    let dir = reservation.dir().clone();
-    if let (Some(pod), Some(shared)) = (pod, &mut shared) {
-        pod.make_files(dir.path(), shared).map_err(|e| sandbox::Error::Os("write the pod's files", e))?;
-    }
     let annotations = spec.annotations().iter().flatten();
-    let state = State {
+    let first = State {
         oci_version: spec.version().clone(),
         id: plan.id.clone(),
         status: Status::Running,
         supervisor: ProcessId::current().map_err(|e| sandbox::Error::Os("read /proc/self/stat", e))?,
-        vmm: Some(vmm),
+        vmm: None,
         sandbox: None,
         bundle: plan.bundle.clone(),
         rootfs: plan.bundle.join(super::task::ROOTFS),
@@ -99,13 +89,25 @@ pub fn boot(plan: &Plan, spec: &Spec, pod: Option<&PodConfig>) -> Result<Booted,
         owner: nix::unistd::getuid().as_raw(),
         annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect(),
         error: None,
-        resources: limits,
+        resources: limits.clone(),
         vm: size,
         poststop: Vec::new(),
-        cgroup: cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),
+        cgroup: place.path().map(Path::to_owned),
         network: None,
         scratch: None,
     };
+    // The id first, and with it what is to be removed: nobody else of this name gets as far as the cgroup.
+    let root = super::state_root(&plan.namespace);
+    let reservation = Reservation::new(StateDir::create(&root, &plan.id)?);
+    let dir = reservation.dir().clone();
+    dir.save(&first)?;
+    let cgroup = Membership::enter(place, &limits, size, first.supervisor)?;
+    let network = Network::enter(spec, true)?;
+    let spawned = Sandbox::spawn(true, network, cgroup.as_ref(), Timeline::begin(plan.process_start_ns))?;
+    if let (Some(pod), Some(shared)) = (pod, &mut shared) {
+        pod.make_files(dir.path(), shared).map_err(|e| sandbox::Error::Os("write the pod's files", e))?;
+    }
+    let state = State { vmm: Some(spawned.vmm_process()?), ..first };
     dir.save(&state)?;
     let share = Share::mount(dir.path().join(SHARE))?;
     let wishes = Wishes { debug: plan.debug, enter: settings.enter };

@@ -40,7 +40,7 @@ pub fn delete(flags: &Flags) -> Result<(), Error> {
                     network::clean_up(record)?;
                 }
                 if let Some(cgroup) = &state.cgroup {
-                    cgroup::remove(cgroup)?;
+                    cgroup::remove(cgroup, state.supervisor)?;
                 }
             }
             dir.remove()?;
