@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     case!(frozen_cgroup_is_refused),
     case!(one_id_at_a_time_and_nobody_else_harms_it).stockade_only(VM),
     case!(deletion_spares_who_lives_there_by_now).stockade_only(VM),
+    case!(cgroup_goes_though_the_callers_is_gone).stockade_only(VM),
     case!(limits_without_a_name_have_a_cgroup_where_runc_makes_it),
 ];
 
@@ -244,5 +245,26 @@ fn deletion_spares_who_lives_there_by_now() {
     new.kill("KILL");
     new.wait_stopped(pid);
     new.delete();
+    assert!(!on_host(&path).exists());
+}
+
+fn cgroup_goes_though_the_callers_is_gone() {
+    let (path, callers) = (fresh(), on_host(&fresh()));
+    fs::create_dir(&callers).unwrap();
+    let bundle = Bundle::sh("echo ready; read line; exit 5").set("/linux/cgroupsPath", path.as_str());
+    let (runtime, id) = (Runtime::under_test(), Id::new());
+    let script = "echo 0 > \"$0\"; exec \"$@\"";
+    let run = runtime.run_command(&bundle, &id);
+    let mut command = std::process::Command::new("sh");
+    command
+        .args(["-c", script])
+        .arg(callers.join("cgroup.procs"))
+        .arg(run.get_program())
+        .args(run.get_args());
+    let mut program = Program::spawn(command, Stdin::Pipe);
+    program.expect_line("ready");
+    fs::remove_dir(&callers).unwrap();
+    program.write("\n");
+    program.finish().code(5);
     assert!(!on_host(&path).exists());
 }

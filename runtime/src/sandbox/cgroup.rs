@@ -314,7 +314,9 @@ impl Membership {
         if !self.ours.replace(false) {
             return;
         }
-        if let Err(e) = join(&self.came_from).and_then(|()| remove(&self.path, self.owner)) {
+        // Where it came from may be gone, as a session is whose user has left. The root is always there.
+        let left = join(&self.came_from).or_else(|_| join(Path::new(ROOT)));
+        if let Err(e) = left.and_then(|()| remove(&self.path, self.owner)) {
             tracing::warn!("{e}");
         }
     }
