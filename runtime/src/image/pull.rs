@@ -169,7 +169,7 @@ impl Transfer<'_> {
     }
 
     fn layer(&self, layer: &Layer) -> Result<(), Error> {
-        let arrival = self.store.begin_layer(&layer.diff_id)?;
+        let arrival = self.store.begin_layer(&layer.diff_id, &layer.digest)?;
         // Somebody else may have brought it meanwhile.
         if self.store.has_layer(&layer.diff_id) {
             arrival.finish();

@@ -171,6 +171,24 @@ impl Registry {
         progress: &Progress,
         cancelled: &AtomicBool,
     ) -> Result<(), Error> {
+        let is_resumed = file.metadata().map_err(Error::Write)?.len() > 0;
+        match self.complete(layer, file, progress, cancelled) {
+            // What was in it may have come from another registry: this one is blamed only for what it alone has sent.
+            Err(Error::Digest { .. }) if is_resumed => {
+                progress.remove(layer.size);
+                self.complete(layer, file, progress, cancelled)
+            }
+            other => other,
+        }
+    }
+
+    fn complete(
+        &self,
+        layer: &Layer,
+        file: &File,
+        progress: &Progress,
+        cancelled: &AtomicBool,
+    ) -> Result<(), Error> {
         let mut hasher = Hasher::default();
         let mut have = resume(file, layer.size, &mut hasher).map_err(Error::Write)?;
         progress.add(have);

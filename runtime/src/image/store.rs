@@ -3,7 +3,8 @@
 //! ```text
 //! <store>/blobs/sha256/<hex>    manifests and image configurations
 //! <store>/layers/<hex>/         unpacked layers by diff id: fs/, and size, implicit
-//! <store>/partial/<hex>         a layer on its way: what has been downloaded, and the lock of who does it
+//! <store>/partial/<hex>-<hex>   a layer on its way, by its diff id and its digest: what has been downloaded, and the
+//!                               lock of who does it
 //! <store>/images/<hex>.json     which image a reference meant when it was pulled
 //! <store>/containers/<name>/    root filesystems of containers, see `scratch`
 //! ```
@@ -155,9 +156,11 @@ impl Store {
         fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     }
 
-    /// Waits until nobody else brings this layer, and keeps others from doing so until the result is dropped.
-    pub fn begin_layer(&self, diff_id: &Digest) -> Result<Arrival, Error> {
-        let path = self.path.join(PARTIAL).join(diff_id.hex());
+    /// Waits until nobody else brings this layer from an archive of this digest, and keeps others from doing so until the
+    /// result is dropped. A diff id is what an image says of itself: who brings something else for it is in nobody's way.
+    pub fn begin_layer(&self, diff_id: &Digest, digest: &Digest) -> Result<Arrival, Error> {
+        let name = format!("{}-{}", diff_id.hex(), digest.hex());
+        let path = self.path.join(PARTIAL).join(&name);
         let failed = |source| Error::Io { what: "open", path: path.clone(), source };
         loop {
             let mut options = OpenOptions::new();
@@ -167,7 +170,7 @@ impl Store {
             // Who had it before may have finished and removed it.
             let (ours, there) = (file.metadata().map_err(failed)?, fs::symlink_metadata(&path));
             if there.is_ok_and(|there| there.ino() == ours.ino()) {
-                return Ok(Arrival { store: self.clone(), diff_id: diff_id.clone(), file, path });
+                return Ok(Arrival { store: self.clone(), diff_id: diff_id.clone(), name, file, path });
             }
         }
     }
@@ -298,10 +301,11 @@ impl Store {
     }
 }
 
-/// A layer that this process, and no other, brings into the store.
+/// A layer that this process, and no other, brings into the store from an archive.
 pub struct Arrival {
     store: Store,
     diff_id: Digest,
+    name: String,
     file: Flock<File>,
     path: PathBuf,
 }
@@ -324,10 +328,11 @@ impl Arrival {
     }
 
     fn room_name(&self) -> String {
-        format!("{}.new", self.diff_id.hex())
+        format!("{}.new", self.name)
     }
 
-    /// The tree in [`Arrival::room`] is complete: the layer is in the store from now on.
+    /// The tree in [`Arrival::room`] is complete: the layer is in the store from now on. Somebody who had it from another
+    /// archive may have been faster.
     pub fn complete(self, size: u64, implicit: &[u8]) -> Result<(), Error> {
         let layers = self.store.path.join(LAYERS);
         let (new, path) = (layers.join(self.room_name()), layers.join(self.diff_id.hex()));
@@ -345,11 +350,14 @@ impl Arrival {
             fs::rename(&new, &path)?;
             File::open(&layers)?.sync_all()
         };
-        if let Err(source) = settle() {
-            self.abandon(false);
-            return Err(Error::Io { what: "complete", path, source });
+        match settle() {
+            Ok(()) => self.finish(),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EEXIST | libc::ENOTEMPTY)) => self.abandon(false),
+            Err(source) => {
+                self.abandon(false);
+                return Err(Error::Io { what: "complete", path, source });
+            }
         }
-        self.finish();
         Ok(())
     }
 
@@ -404,7 +412,7 @@ mod tests {
 
     fn add_layer(store: &Store, content: &str) -> Digest {
         let diff_id = Digest::of(content.as_bytes());
-        let arrival = store.begin_layer(&diff_id).unwrap();
+        let arrival = store.begin_layer(&diff_id, &diff_id).unwrap();
         fs::write(arrival.room().unwrap().join("file"), content).unwrap();
         arrival.complete(content.len() as u64, b"a\0b/c").unwrap();
         diff_id
@@ -414,13 +422,13 @@ mod tests {
     fn a_layer_is_there_when_it_is_complete_and_not_before() {
         let (_dir, store) = store();
         let diff_id = Digest::of(b"x");
-        let arrival = store.begin_layer(&diff_id).unwrap();
+        let arrival = store.begin_layer(&diff_id, &diff_id).unwrap();
         let room = arrival.room().unwrap();
         fs::write(room.join("half"), "").unwrap();
         assert!(!store.has_layer(&diff_id));
         // Whoever made that was killed.
         drop(arrival);
-        let arrival = store.begin_layer(&diff_id).unwrap();
+        let arrival = store.begin_layer(&diff_id, &diff_id).unwrap();
         assert_eq!(fs::read_dir(arrival.room().unwrap()).unwrap().count(), 0);
         arrival.complete(5, b"").unwrap();
         assert!(store.has_layer(&diff_id));
@@ -433,7 +441,7 @@ mod tests {
     fn a_layer_that_cannot_be_completed_leaves_nothing() {
         let (_dir, store) = store();
         let diff_id = Digest::of(b"layer");
-        let arrival = store.begin_layer(&diff_id).unwrap();
+        let arrival = store.begin_layer(&diff_id, &diff_id).unwrap();
         arrival.room().unwrap();
         arrival.partial().write_all(b"downloaded").unwrap();
         // Where its tree is to be.
@@ -451,7 +459,7 @@ mod tests {
             for _ in 0..8 {
                 scope.spawn(|| {
                     let diff_id = Digest::of(b"shared");
-                    let arrival = store.begin_layer(&diff_id).unwrap();
+                    let arrival = store.begin_layer(&diff_id, &diff_id).unwrap();
                     if store.has_layer(&diff_id) {
                         return arrival.finish();
                     }
@@ -466,15 +474,32 @@ mod tests {
     }
 
     #[test]
+    fn who_brings_a_layer_from_another_archive_is_in_nobodys_way() {
+        let (_dir, store) = store();
+        let diff_id = Digest::of(b"layer");
+        let slow = store.begin_layer(&diff_id, &Digest::of(b"one")).unwrap();
+        slow.partial().write_all(b"garbage").unwrap();
+        fs::write(slow.room().unwrap().join("file"), "slow").unwrap();
+        let fast = store.begin_layer(&diff_id, &Digest::of(b"other")).unwrap();
+        assert_eq!(fast.partial().metadata().unwrap().len(), 0);
+        fs::write(fast.room().unwrap().join("file"), "fast").unwrap();
+        fast.complete(4, b"").unwrap();
+        slow.complete(4, b"").unwrap();
+        assert_eq!(fs::read_to_string(store.layer(&diff_id).join("file")).unwrap(), "fast");
+        assert_eq!(store.names(LAYERS).unwrap(), [diff_id.hex()]);
+        assert_eq!(store.names(PARTIAL).unwrap(), [""; 0]);
+    }
+
+    #[test]
     fn a_partial_download_is_found_again_unless_it_is_of_no_use() {
         let (_dir, store) = store();
         let diff_id = Digest::of(b"x");
-        let arrival = store.begin_layer(&diff_id).unwrap();
+        let arrival = store.begin_layer(&diff_id, &diff_id).unwrap();
         arrival.partial().write_all(b"half").unwrap();
         arrival.room().unwrap();
         arrival.abandon(true);
         assert!(store.names(LAYERS).unwrap().is_empty());
-        let arrival = store.begin_layer(&diff_id).unwrap();
+        let arrival = store.begin_layer(&diff_id, &diff_id).unwrap();
         assert_eq!(arrival.partial().metadata().unwrap().len(), 4);
         arrival.abandon(false);
         assert!(store.names(PARTIAL).unwrap().is_empty());
@@ -509,7 +534,7 @@ mod tests {
         let kept = record("kept", &[&recorded], &store);
         let gone = record("gone", &[&unused], &store);
         store.forget("gone").unwrap();
-        store.begin_layer(&Digest::of(b"partial")).unwrap();
+        store.begin_layer(&Digest::of(b"partial"), &Digest::of(b"archive")).unwrap();
         assert_eq!(store.implicit(&recorded).unwrap(), [b"a".to_vec(), b"b/c".to_vec()]);
         let _claim = store.claim().unwrap();
         assert_eq!(store.sweep(std::slice::from_ref(&pinned)).unwrap(), "unused".len() as u64);
