@@ -176,19 +176,21 @@ impl Scratch {
     fn settle_implicit(&self, store: &Store, root: &Root) -> Result<(), Error> {
         let implicit =
             self.layers.iter().map(|layer| store.implicit(layer)).collect::<Result<Vec<_>, _>>()?;
+        if implicit.iter().all(Vec::is_empty) {
+            return Ok(());
+        }
+        let trees =
+            self.layers.iter().map(|layer| Tree::open(store.layer(layer))).collect::<Result<Vec<_>, _>>()?;
         for (index, paths) in implicit.iter().enumerate().skip(1) {
             for path in paths {
-                let path_in = |layer: &Digest| store.layer(layer).join(OsStr::from_bytes(path));
                 // A higher layer that has it in full decides.
-                let settled = (index + 1..self.layers.len()).any(|above| {
-                    !implicit[above].contains(path)
-                        && fs::symlink_metadata(path_in(&self.layers[above])).is_ok()
-                });
+                let settled = (index + 1..trees.len())
+                    .any(|above| !implicit[above].contains(path) && trees[above].find(path).is_some());
                 if settled {
                     continue;
                 }
                 let lower = (0..index).rev().find_map(|below| {
-                    let there = fs::symlink_metadata(path_in(&self.layers[below])).ok()?;
+                    let there = trees[below].find(path)?;
                     (!implicit[below].contains(path)).then_some(there)
                 });
                 if let Some(lower) = lower.filter(fs::Metadata::is_dir) {
@@ -274,6 +276,25 @@ fn all(store: &Store) -> Result<Vec<Found>, Error> {
         });
     }
     Ok(list)
+}
+
+/// A layer. Links in it are strangers' too, and mean nothing before the layers are stacked: none is followed.
+struct Tree(File);
+
+impl Tree {
+    fn open(path: PathBuf) -> Result<Self, Error> {
+        let mut options = OpenOptions::new();
+        let dir = options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(&path);
+        dir.map(Tree).map_err(failed("open", &path))
+    }
+
+    /// What it has at a path, if there are only directories on the way.
+    fn find(&self, path: &[u8]) -> Option<fs::Metadata> {
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let found = openat2(&self.0, OsStr::from_bytes(path), OpenHow::new().flags(flags).resolve(resolve));
+        File::from(found.ok()?).metadata().ok()
+    }
 }
 
 /// A mounted root filesystem. What is in it was made by strangers: everything is looked up as if it were `/`.
@@ -451,6 +472,53 @@ mod tests {
         }
         remove(&dir.path().join("containers/gone")).unwrap();
         assert!(dir.path().join("containers/x").exists());
+    }
+
+    #[test]
+    fn a_layers_links_lead_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer");
+        fs::create_dir_all(dir.path().join("outside/dir")).unwrap();
+        fs::create_dir_all(path.join("real/dir")).unwrap();
+        for (target, name) in [("/", "root"), ("..", "up"), ("real", "inside")] {
+            std::os::unix::fs::symlink(target, path.join(name)).unwrap();
+        }
+        let tree = Tree::open(path).unwrap();
+        let outside = format!("root{}/outside/dir", dir.path().display());
+        for hidden in [outside.as_str(), "up/outside/dir", "../outside/dir", "/etc", "inside/dir", "gone"] {
+            assert!(tree.find(hidden.as_bytes()).is_none(), "{hidden}");
+        }
+        assert!(tree.find(b"real/dir").unwrap().is_dir());
+        assert!(tree.find(b"root").unwrap().is_symlink(), "it is there, and not what it leads to");
+    }
+
+    #[test]
+    fn what_a_layer_mentions_in_passing_is_not_looked_up_on_the_host() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let secret = dir.path().join("secret");
+        fs::create_dir(&secret).unwrap();
+        fs::set_permissions(&secret, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
+        let below = secret.strip_prefix("/").unwrap();
+        let bring = |name: &str, make: &dyn Fn(&Path), implicit: &[u8]| {
+            let arrival = store.begin_layer(&digest(name), &digest("archive")).unwrap();
+            make(&arrival.room().unwrap());
+            arrival.complete(0, implicit).unwrap();
+            digest(name)
+        };
+        let link = bring("link", &|room| std::os::unix::fs::symlink("/", room.join("a")).unwrap(), b"");
+        let passing = Path::new("a").join(below);
+        let make = |room: &Path| fs::create_dir_all(room.join(&passing)).unwrap();
+        let passes = bring("passes", &make, passing.as_os_str().as_bytes());
+        let scratch = Scratch::create(&store, &[link, passes.clone()], Path::new("/none")).unwrap();
+        // The topmost layer stands for all of them: no overlay is needed to see what it is given.
+        let path = store.layer(&passes);
+        let root = Root { dir: File::open(&path).unwrap().into(), path: path.clone() };
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        let before = mode(&path.join(&passing));
+        assert_ne!(before, mode(&secret));
+        scratch.settle_implicit(&store, &root).unwrap();
+        assert_eq!(mode(&path.join(&passing)), before);
     }
 
     #[test]
