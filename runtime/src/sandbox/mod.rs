@@ -324,6 +324,11 @@ impl Sandbox {
         Ok(())
     }
 
+    /// The namespaces that this process came from, where programs of the host run.
+    pub fn outside(&self) -> &[OwnedFd] {
+        &self.outside
+    }
+
     /// Runs hooks outside of this process's namespaces; `state` is what they read.
     pub async fn run_hooks(&self, kind: &'static str, list: &[Hook], state: Vec<u8>) -> Result<(), Error> {
         run_hooks_in(&self.outside, kind, list, state).await

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns};
 use nix::unistd::pipe2;
 
 use crate::sandbox::stdio::HostStdio;
@@ -88,8 +89,8 @@ impl Drop for Held {
     }
 }
 
-/// Opens the streams.
-pub fn open(paths: &Paths, owner: Owner) -> Result<(HostStdio, Held), Error> {
+/// Opens the streams. `outside` are the namespaces of the host, for a logging program.
+pub fn open(paths: &Paths, owner: Owner, outside: &[OwnedFd]) -> Result<(HostStdio, Held), Error> {
     let mut held = Held::default();
     let stdin = match fifo_path(&paths.stdin)? {
         Some(path) => {
@@ -102,7 +103,7 @@ pub fn open(paths: &Paths, owner: Owner) -> Result<(HostStdio, Held), Error> {
     let stderr = if paths.terminal { "" } else { paths.stderr.as_str() };
     let (stdout, stderr) = match paths.stdout.split_once("://") {
         Some(("binary", rest)) => {
-            let logger = Logger::start(rest, owner)?;
+            let logger = Logger::start(rest, owner, outside)?;
             held.logger = Some(logger.child);
             (Some(logger.stdout), (!paths.terminal).then_some(logger.stderr))
         }
@@ -168,8 +169,9 @@ struct Logger {
 }
 
 impl Logger {
-    /// `uri` is a path, and after a question mark its arguments as `name=value&…`.
-    fn start(uri: &str, owner: Owner) -> Result<Self, Error> {
+    /// `uri` is a path, and after a question mark its arguments as `name=value&…`. It runs in the namespaces `outside`: it
+    /// is the host's, and neither the sandbox's network nor its mounts are its business.
+    fn start(uri: &str, owner: Owner, outside: &[OwnedFd]) -> Result<Self, Error> {
         let (path, query) = uri.split_once('?').unwrap_or((uri, ""));
         let failed = |e: io::Error| Error::Logger(path.into(), e);
         let mut command = Command::new(path);
@@ -190,10 +192,14 @@ impl Logger {
         });
         let [a, b, c] = theirs;
         let theirs = [a?, b?, c?];
-        // SAFETY: dup2(2) is a system call and allocates nothing, as is asked of code between fork and exec; the
-        // descriptors are open, because this process made them and the child has its own copies.
+        let outside =
+            outside.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>().map_err(failed)?;
+        // SAFETY: setns(2) and dup2(2) are system calls and allocate nothing, as is asked of code between fork and exec;
+        // the descriptors are open, because this process made them and the child has its own copies.
         unsafe {
             command.pre_exec(move || {
+                // Of whatever kind each is.
+                outside.iter().try_for_each(|namespace| setns(namespace, CloneFlags::empty()))?;
                 for (from, to) in theirs.into_iter().zip(LOGGER_FDS) {
                     if libc::dup2(from, to) < 0 {
                         return Err(io::Error::last_os_error());
@@ -250,7 +256,10 @@ fn decoded(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::share::enter_namespace;
+    use crate::sandbox::share::tests::in_namespace;
     use std::io::Write;
+    use std::os::unix::fs::MetadataExt;
 
     const OWNER: Owner = Owner { namespace: "n", container: "c" };
 
@@ -292,20 +301,37 @@ mod tests {
         let out = dir.path().join("log file");
         let encoded = |text: &str| text.replace('%', "%25").replace('&', "%26").replace(' ', "%20");
         let uri = format!("/bin/sh?-c={}&{}", encoded(script), encoded(&out.display().to_string()));
-        let mut logger = Logger::start(&uri, OWNER).unwrap();
+        let mut logger = Logger::start(&uri, OWNER, &[]).unwrap();
         File::from(logger.stdout).write_all(b"to stdout\n").unwrap();
         File::from(logger.stderr).write_all(b"to stderr\n").unwrap();
         logger.child.wait().unwrap();
         let text = std::fs::read_to_string(&out).unwrap();
         assert_eq!(text, format!("n c {}\nto stdout\nto stderr\n", out.display()));
-        assert!(matches!(Logger::start("/no/such/program", OWNER), Err(Error::Logger(..))));
+        assert!(matches!(Logger::start("/no/such/program", OWNER, &[]), Err(Error::Logger(..))));
+    }
+
+    #[test]
+    fn a_logging_program_runs_where_the_host_is() {
+        in_namespace(|| {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path().join("out");
+            let outside = enter_namespace(true).unwrap().unwrap();
+            let here = File::open("/proc/self/ns/mnt").unwrap().metadata().unwrap().ino();
+            let there = File::from(outside.try_clone().unwrap()).metadata().unwrap().ino();
+            assert_ne!(here, there);
+            let script = "exec 5>&-; readlink /proc/self/ns/mnt > $0".replace('&', "%26");
+            let uri = format!("/bin/sh?-c={}&{}", script.replace(' ', "%20"), out.display());
+            let mut logger = Logger::start(&uri, OWNER, &[outside]).unwrap();
+            logger.child.wait().unwrap();
+            assert_eq!(std::fs::read_to_string(out).unwrap(), format!("mnt:[{there}]\n"));
+        });
     }
 
     #[test]
     fn what_is_no_stream_is_named() {
         let paths = Paths { stdout: "http://x".into(), ..Default::default() };
-        assert!(open(&paths, OWNER).unwrap_err().to_string().contains("http://x"));
-        let (stdio, _held) = open(&Paths::default(), OWNER).unwrap();
+        assert!(open(&paths, OWNER, &[]).unwrap_err().to_string().contains("http://x"));
+        let (stdio, _held) = open(&Paths::default(), OWNER, &[]).unwrap();
         assert_eq!(stdio.wanted(), [false; 3]);
     }
 

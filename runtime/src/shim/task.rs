@@ -138,7 +138,7 @@ impl Pod {
         vm.add_oom_score(&bundle.spec);
         vm.know_resolv_conf(&bundle.spec);
         let owner = Owner { namespace: &self.plan.namespace, container: id };
-        let (mut host, held) = stdio::open(&init.paths, owner)?;
+        let (mut host, held) = stdio::open(&init.paths, owner, vm.outside())?;
         init.held.replace(held);
         let wanted = host.wanted();
         let streams = vm.connect_streams(wanted, id, "")?;

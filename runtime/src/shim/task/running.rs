@@ -88,7 +88,7 @@ impl Pod {
         container.must_run()?;
         let vm = self.vm()?;
         let owner = Owner { namespace: &self.plan.namespace, container: &container.id };
-        let (mut host, held) = stdio::open(&process.paths, owner)?;
+        let (mut host, held) = stdio::open(&process.paths, owner, vm.outside())?;
         process.held.replace(held);
         let wanted = host.wanted();
         let streams = vm.connect_streams(wanted, &container.id, &process.exec_id)?;
