@@ -36,8 +36,16 @@ const TTY_MAX: usize = 64;
 /// Longest state of a process, in characters.
 const STATE_MAX: usize = 8;
 
-/// How long an agent may take to pass a SIGKILL on: milliseconds, unless the guest has its reasons.
-const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long an agent may take to pass on a signal or the size of a terminal: milliseconds, unless the guest has its
+/// reasons.
+const SIGNAL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a process that was killed may take to end, with all of its output: milliseconds, unless it waits for a
+/// volume, or somebody on the host does not read.
+pub const END_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long an agent may take to remove what a container leaves: milliseconds, unless there is much to be forgotten.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long a guest may take to get used to other memory: milliseconds for each 128 MiB, and seconds to move what is
 /// in memory that it is to lose.
@@ -61,8 +69,11 @@ pub enum Error {
     )]
     Version(u32),
     /// it could have answered long ago
-    #[error("the agent in the guest has not answered a SIGKILL within {} s", KILL_TIMEOUT.as_secs())]
+    #[error("the agent in the guest has not answered a SIGKILL within {} s", SIGNAL_TIMEOUT.as_secs())]
     Silent,
+    /// so could the process have ended
+    #[error("the agent in the guest has not told of the end of a killed process within {} s", END_TIMEOUT.as_secs())]
+    Lingers,
     /// it takes too long
     #[error("the agent in the guest does not answer")]
     Slow,
@@ -248,11 +259,11 @@ impl Agent {
             all,
             ..Default::default()
         };
-        let answer = call(self.0.signal(context(), &request));
-        if signal == Signal::SIGKILL as i32 {
-            return timeout(KILL_TIMEOUT, answer).await.map_err(|_| Error::Silent)?.map(drop);
+        match timeout(SIGNAL_TIMEOUT, call(self.0.signal(context(), &request))).await {
+            Ok(answer) => answer.map(drop),
+            Err(_) if signal == Signal::SIGKILL as i32 => Err(Error::Silent),
+            Err(_) => Err(Error::Slow),
         }
-        answer.await.map(drop)
     }
 
     /// Waits for the end of a process, and of its output.
@@ -271,13 +282,15 @@ impl Agent {
             columns: columns.into(),
             ..Default::default()
         };
-        call(self.0.resize(context(), &request)).await.map(drop)
+        let resized = call(self.0.resize(context(), &request));
+        timeout(SIGNAL_TIMEOUT, resized).await.map_err(|_| Error::Slow)?.map(drop)
     }
 
-    /// Removes a container that has ended.
+    /// Removes a container that has ended. Gives up when it takes too long.
     pub async fn delete(&self, id: &str) -> Result<(), Error> {
         let request = DeleteContainerRequest { container_id: id.into(), force: true, ..Default::default() };
-        call(self.0.delete_container(context(), &request)).await.map(drop)
+        let deleted = call(self.0.delete_container(context(), &request));
+        timeout(REMOVE_TIMEOUT, deleted).await.map_err(|_| Error::Slow)?.map(drop)
     }
 
     /// Calls `act` with a container's id whenever the guest's OOM killer was at work in it, until the VM ends. A guest
@@ -298,10 +311,11 @@ impl Agent {
         Ok(())
     }
 
-    /// Has it let go of parts of the share that have been taken away.
+    /// Has it let go of parts of the share that have been taken away. Gives up when it takes too long.
     pub async fn forget(&self, paths: Vec<String>) -> Result<(), Error> {
         let request = ForgetRequest { paths, ..Default::default() };
-        call(self.0.forget(context(), &request)).await.map(drop)
+        let forgotten = call(self.0.forget(context(), &request));
+        timeout(REMOVE_TIMEOUT, forgotten).await.map_err(|_| Error::Slow)?.map(drop)
     }
 
     /// Has everything written back to the share.
@@ -395,11 +409,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_agent_that_does_not_answer_a_sigkill_is_not_waited_for() {
+    async fn an_agent_that_does_not_answer_is_not_waited_for() {
         let (ours, _guest) = StdUnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let agent = Agent::new(ours.into()).unwrap();
         assert!(matches!(agent.signal("c", "", 9, false).await, Err(Error::Silent)));
+        assert!(matches!(agent.signal("c", "", 15, false).await, Err(Error::Slow)));
+        assert!(matches!(agent.resize("c", "", 1, 2).await, Err(Error::Slow)));
+        assert!(matches!(agent.delete("c").await, Err(Error::Slow)));
+        assert!(matches!(agent.forget(vec!["c".into()]).await, Err(Error::Slow)));
     }
 
     #[test]

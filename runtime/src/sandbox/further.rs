@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use super::adopt::adopt;
-use super::agent::Exit;
+use super::agent::{self, Exit};
 use super::container::Container;
 use super::control::{self, AsyncConversation, Listener, Reply, Request};
 use super::{Error, enter, join};
@@ -179,9 +179,13 @@ impl Container {
             tasks.0.push(tokio::task::spawn_local(self.clone().converse(talk)).abort_handle());
         });
         tokio::select! {
-            exit = enter::until_exit(&self.sandbox, talk, (&id, ""), alive) => {
-                exit.map_err(|source| Error::Agent { what: "wait for the container", source })
-            }
+            exit = enter::until_exit(&self.sandbox.agent, talk, (&id, ""), alive) => exit.map_err(|source| {
+                if matches!(source, agent::Error::Silent | agent::Error::Lingers) {
+                    // Then the VM is killed, and with it the container.
+                    self.vm.given_up.notify_one();
+                }
+                Error::Agent { what: "wait for the container", source }
+            }),
             Err(e) = commands => Err(Error::Os("answer commands", e)),
         }
     }
