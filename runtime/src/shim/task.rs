@@ -44,6 +44,8 @@ pub struct Container {
     pub paused: Cell<bool>,
     /// It is what kubelet calls the pause container: nothing of it is in the guest.
     pub is_pause: bool,
+    /// Its init has been killed.
+    is_killed: Cell<bool>,
     hooks: Hooks,
 }
 
@@ -203,6 +205,7 @@ impl Pod {
             execs: RefCell::default(),
             paused: Cell::new(false),
             is_pause,
+            is_killed: Cell::new(false),
             hooks,
         });
         self.containers.borrow_mut().insert(id.into(), container.clone());

@@ -9,6 +9,7 @@ use containerd_shim_protos::topics;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 use stockade_agent_protocol::check_id;
 use stockade_agent_protocol::messages::StatsResponse;
+use tokio::time::timeout;
 
 use super::{Container, named};
 use crate::bundle;
@@ -101,7 +102,7 @@ impl Pod {
     }
 
     /// Signals a process, or all of a container's.
-    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
+    pub async fn kill(self: &Rc<Self>, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
         let container = self.container(id)?;
         let process = container.process(exec_id)?;
         if process.stage() == Stage::Stopped {
@@ -114,20 +115,42 @@ impl Pod {
             return Err(Error::Precondition(format!("process {} has not been started", named(id, exec_id))));
         }
         match self.vm()?.agent.signal(id, exec_id, signal as i32, all).await {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                if exec_id.is_empty() && signal == libc::SIGKILL as u32 {
+                    self.expect_end(&container);
+                }
+                Ok(())
+            }
             // Ended in the guest, its output is still on its way here.
             Err(agent::Error::Refused(reason)) if reason.contains("has ended") => {
                 Err(Error::NotFound(format!("process {} has ended already", named(id, exec_id))))
             }
-            // The container is to go, so its VM goes.
             Err(source @ agent::Error::Silent) if exec_id.is_empty() => {
-                let error = sandbox::Error::Agent { what: "have the container killed", source };
-                tracing::error!(container = id, "{error}");
-                self.end(&error_line(&error));
+                self.end_by_force(id, source);
                 Ok(())
             }
             Err(e) => Err(self.explain("signal the process", e).await),
         }
+    }
+
+    /// An agent that has a container killed tells of its end: one that does not is not waited for.
+    fn expect_end(self: &Rc<Self>, container: &Rc<Container>) {
+        if container.is_killed.replace(true) {
+            return;
+        }
+        let (pod, container) = (self.clone(), container.clone());
+        tokio::task::spawn_local(async move {
+            if timeout(agent::END_TIMEOUT, container.init.wait()).await.is_err() {
+                pod.end_by_force(&container.id, agent::Error::Lingers);
+            }
+        });
+    }
+
+    /// A container is to go and its agent does not see to that, so its VM goes.
+    fn end_by_force(&self, id: &str, source: agent::Error) {
+        let error = sandbox::Error::Agent { what: "have the container killed", source };
+        tracing::error!(container = id, "{error}");
+        self.end(&error_line(&error));
     }
 
     /// What a pause process does: it ends when asked to, and the pod with it.
@@ -239,5 +262,65 @@ impl Pod {
             }
         }
         Ok(sum)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shim::boot::Plan;
+    use crate::shim::events::{Publisher, Sink};
+    use crate::shim::role::Role;
+    use oci_spec::runtime::Hooks;
+    use std::time::Duration;
+    use tokio::task::LocalSet;
+
+    /// A sandbox with a container that runs in it.
+    fn pod() -> (Rc<Pod>, Rc<Container>) {
+        let plan = Plan {
+            id: "p".into(),
+            namespace: "default".into(),
+            role: Role::Group("p".into()),
+            bundle: "/".into(),
+            debug: false,
+            process_start_ns: 0,
+        };
+        let pod = Pod::new(plan, Publisher::new("default".into(), Sink::Nowhere));
+        let paths =
+            Paths { stdin: String::new(), stdout: String::new(), stderr: String::new(), terminal: false };
+        let init = Rc::new(Process::new("", paths));
+        init.started();
+        let container = pod.admit("c", "/".into(), init, Hooks::default(), false);
+        (pod, container)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_vm_in_which_a_killed_container_does_not_end_is_ended() {
+        LocalSet::new()
+            .run_until(async {
+                let (pod, container) = pod();
+                pod.expect_end(&container);
+                pod.expect_end(&container);
+                assert!(!pod.is_decided());
+                let begin = tokio::time::Instant::now();
+                pod.life.wait().await;
+                assert_eq!(begin.elapsed().as_secs(), agent::END_TIMEOUT.as_secs());
+                let reason = pod.vm().err().unwrap().to_string();
+                assert!(reason.contains("killed process"), "{reason}");
+            })
+            .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_container_that_ends_when_it_is_killed_ends_alone() {
+        LocalSet::new()
+            .run_until(async {
+                let (pod, container) = pod();
+                pod.expect_end(&container);
+                container.init.ended(KILLED);
+                let is_over = timeout(agent::END_TIMEOUT + Duration::from_secs(1), pod.life.wait()).await;
+                assert!(is_over.is_err() && !pod.is_decided());
+            })
+            .await;
     }
 }
