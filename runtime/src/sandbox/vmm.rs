@@ -228,14 +228,7 @@ impl Vmm {
                 Ok(Poll::Pending) => ready.clear_ready(),
                 Ok(Poll::Ready(Some(event))) => {
                     let asked_for = match event {
-                        Event::Started(times) => {
-                            let first = started.replace(times.first_run_ns) == 0;
-                            timeline.mark_at("vmm_entered", times.entered_ns);
-                            timeline.mark_at("vm_created", times.vm_created_ns);
-                            timeline.mark_at("kernel_loaded", times.kernel_loaded_ns);
-                            timeline.mark_at("first_guest_instruction", times.first_run_ns);
-                            first
-                        }
+                        Event::Started(times) => has_started(&times, timeline, started),
                         Event::Connected { id } => self.connecting.borrow_mut().remove(&id),
                         Event::Refused { id, reason } => {
                             let reason = printable(&reason, REASON_MAX);
@@ -304,6 +297,19 @@ impl Drop for Vmm {
     }
 }
 
+/// Notes that the VM has started; whether that is news. It is said once, and the clock has long been running.
+fn has_started(times: &control::Timeline, timeline: &Timeline, started: &Cell<u64>) -> bool {
+    if started.get() != 0 || times.first_run_ns == 0 {
+        return false;
+    }
+    started.set(times.first_run_ns);
+    timeline.mark_at("vmm_entered", times.entered_ns);
+    timeline.mark_at("vm_created", times.vm_created_ns);
+    timeline.mark_at("kernel_loaded", times.kernel_loaded_ns);
+    timeline.mark_at("first_guest_instruction", times.first_run_ns);
+    true
+}
+
 /// What the last event of a VMM says, made printable.
 fn ending(last: Event) -> Ending {
     match last {
@@ -335,6 +341,18 @@ fn describe(status: ExitStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vm_starts_once_and_not_before_the_clock_does() {
+        let (timeline, started) = (Timeline::begin(1), Cell::new(0));
+        let at = |first_run_ns| control::Timeline { first_run_ns, ..Default::default() };
+        assert!(!has_started(&at(0), &timeline, &started));
+        assert!(has_started(&at(7), &timeline, &started));
+        for again in [0, 7, 8] {
+            assert!(!has_started(&at(again), &timeline, &started));
+        }
+        assert_eq!(started.get(), 7);
+    }
 
     #[test]
     fn a_death_is_described_by_its_signal_or_code() {
