@@ -7,12 +7,14 @@
 //!
 //! Always true: a packet larger than [`MAX_MESSAGE`], more than [`MAX_FDS`] descriptors, or descriptors with a
 //! message that carries none are errors; the VMM, which a guest may have taken over, can never make the
-//! supervisor hold a descriptor.
+//! supervisor hold a descriptor, or wait for it for more than a moment.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::task::Poll;
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
@@ -26,6 +28,10 @@ pub const MAX_MESSAGE: usize = 16 * 1024;
 
 /// Most descriptors in one packet: `Boot` carries four.
 pub const MAX_FDS: usize = 4;
+
+/// How long a VMM may take to make room for a request, of which the socket holds more than two hundred. It reads them at
+/// once.
+const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Longest part of an error that repeats a message, in characters.
 const QUOTED_MAX: usize = 300;
@@ -186,6 +192,9 @@ pub enum Error {
     /// cannot send on the control socket
     #[error("cannot send on the VMM control socket: {0}")]
     Send(#[source] io::Error),
+    /// the socket is full
+    #[error("the VMM has stopped to read its control socket")]
+    Unread,
     /// cannot receive from the control socket
     #[error("cannot receive from the VMM control socket: {0}")]
     Receive(#[source] io::Error),
@@ -229,48 +238,64 @@ impl Client {
         share: BorrowedFd,
         console: BorrowedFd,
     ) -> Result<(), Error> {
-        self.0.send(&Request::Boot(boot), &[kernel, initrd, share, console])
+        self.send(&Request::Boot(boot), &[kernel, initrd, share, console])
     }
 
     /// Asks for a stream to a port of the guest; `stream` is one end of a stream socket pair, whose other end
     /// the caller keeps.
     pub fn connect(&self, id: u64, port: u32, stream: BorrowedFd) -> Result<(), Error> {
-        self.0.send(&Request::Connect { id, port }, &[stream])
+        self.send(&Request::Connect { id, port }, &[stream])
     }
 
     /// Makes an interface of an empty network slot.
     pub fn attach_network(&self, slot: u8, interface: Interface, tap: BorrowedFd) -> Result<(), Error> {
-        self.0.send(&Request::AttachNetwork { slot, interface }, &[tap])
+        self.send(&Request::AttachNetwork { slot, interface }, &[tap])
     }
 
     /// Sets the carrier of an interface.
     pub fn set_link(&self, slot: u8, up: bool) -> Result<(), Error> {
-        self.0.send(&Request::SetLink { slot, up }, &[])
+        self.send(&Request::SetLink { slot, up }, &[])
     }
 
     /// Empties a network slot.
     pub fn detach_network(&self, slot: u8) -> Result<(), Error> {
-        self.0.send(&Request::DetachNetwork { slot }, &[])
+        self.send(&Request::DetachNetwork { slot }, &[])
     }
 
     /// Gives the VM memory besides what it began with, or takes some of that away.
     pub fn set_memory(&self, added_bytes: u64) -> Result<(), Error> {
-        self.0.send(&Request::SetMemory { added_bytes }, &[])
+        self.send(&Request::SetMemory { added_bytes }, &[])
     }
 
     /// Stops the vCPUs where they are.
     pub fn pause(&self) -> Result<(), Error> {
-        self.0.send(&Request::Pause, &[])
+        self.send(&Request::Pause, &[])
     }
 
     /// Lets the vCPUs go on.
     pub fn resume(&self) -> Result<(), Error> {
-        self.0.send(&Request::Resume, &[])
+        self.send(&Request::Resume, &[])
     }
 
     /// Ends the VM.
     pub fn stop(&self) -> Result<(), Error> {
-        self.0.send(&Request::Stop, &[])
+        self.send(&Request::Stop, &[])
+    }
+
+    /// Who reads nothing is not waited for, beyond [`SEND_TIMEOUT`]: the supervisor has one thread for all that it does.
+    fn send(&self, request: &Request, fds: &[BorrowedFd]) -> Result<(), Error> {
+        let sent = || self.0.send(request, fds, MsgFlags::MSG_DONTWAIT);
+        let unread = |e: Error| if e.would_block() { Error::Unread } else { e };
+        match sent() {
+            Err(e) if e.would_block() && self.has_room_within(SEND_TIMEOUT) => sent().map_err(unread),
+            other => other.map_err(unread),
+        }
+    }
+
+    /// Whether the socket takes requests again, of which it takes many then.
+    fn has_room_within(&self, time: Duration) -> bool {
+        let time = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+        poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLOUT)], time).is_ok_and(|ready| ready > 0)
     }
 
     /// Waits for the next event; `None` when the VMM is gone.
@@ -365,7 +390,7 @@ impl Server {
     /// Sends an event; `wait` for room in the socket or fail with `WouldBlock`.
     pub(crate) fn send(&self, event: &Event, wait: bool) -> Result<(), Error> {
         let flags = if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
-        self.0.send_with(event, &[], flags)
+        self.0.send(event, &[], flags)
     }
 }
 
@@ -403,11 +428,7 @@ fn take_fds<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Error> {
 struct Channel(OwnedFd);
 
 impl Channel {
-    fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd]) -> Result<(), Error> {
-        self.send_with(message, fds, MsgFlags::empty())
-    }
-
-    fn send_with<T: Serialize>(&self, message: &T, fds: &[BorrowedFd], flags: MsgFlags) -> Result<(), Error> {
+    fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd], flags: MsgFlags) -> Result<(), Error> {
         let bytes = serde_json::to_vec(message).map_err(malformed)?;
         if bytes.len() > MAX_MESSAGE {
             return Err(Error::TooLong);
@@ -527,7 +548,7 @@ mod tests {
         client.detach_network(2).unwrap();
         let next = server.recv(false).unwrap();
         assert!(matches!(next, Poll::Ready(Some(Received::DetachNetwork { slot: 2 }))));
-        client.0.send(&Request::AttachNetwork { slot: 0, interface }, &[]).unwrap();
+        client.send(&Request::AttachNetwork { slot: 0, interface }, &[]).unwrap();
         assert!(matches!(server.recv(true), Err(Error::Descriptors { expected: 1, found: 0 })));
     }
 
@@ -582,13 +603,13 @@ mod tests {
     fn missing_and_surplus_descriptors_are_errors() {
         let (client, server) = pair();
         let file = std::fs::File::open("/dev/null").unwrap();
-        client.0.send(&Request::Connect { id: 1, port: 2 }, &[]).unwrap();
+        client.send(&Request::Connect { id: 1, port: 2 }, &[]).unwrap();
         assert!(matches!(server.recv(true), Err(Error::Descriptors { expected: 1, found: 0 })));
-        client.0.send(&Request::Stop, &[file.as_fd()]).unwrap();
+        client.send(&Request::Stop, &[file.as_fd()]).unwrap();
         assert!(matches!(server.recv(true), Err(Error::Descriptors { expected: 0, found: 1 })));
-        client.0.send(&Request::Stop, &[file.as_fd(); 40]).unwrap();
+        client.send(&Request::Stop, &[file.as_fd(); 40]).unwrap();
         assert!(matches!(server.recv(true), Err(Error::Descriptors { .. })));
-        server.0.send(&Event::Paused, &[file.as_fd()]).unwrap();
+        server.0.send(&Event::Paused, &[file.as_fd()], MsgFlags::empty()).unwrap();
         assert!(matches!(client.recv(), Err(Error::Descriptors { expected: 0, found: 1 })));
     }
 
@@ -596,7 +617,7 @@ mod tests {
     fn a_packet_that_is_too_long_or_no_message_is_an_error() {
         let (client, server) = pair();
         let long = Boot { cmdline: "x".repeat(MAX_MESSAGE), ..boot() };
-        assert!(matches!(client.0.send(&Request::Boot(long), &[]), Err(Error::TooLong)));
+        assert!(matches!(client.send(&Request::Boot(long), &[]), Err(Error::TooLong)));
         let raw =
             |bytes: &[u8]| nix::sys::socket::send(client.as_raw_fd(), bytes, MsgFlags::empty()).unwrap();
         raw(&vec![b' '; MAX_MESSAGE + 1]);
@@ -608,6 +629,26 @@ mod tests {
             raw(bad);
             assert!(matches!(server.recv(true), Err(Error::Malformed(_))));
         }
+    }
+
+    #[test]
+    fn a_vmm_that_reads_nothing_is_an_error_and_not_a_hang() {
+        let (client, server) = pair();
+        let mut sent = 0;
+        let error = loop {
+            match client.pause() {
+                Ok(()) => sent += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, Error::Unread), "{error}");
+        assert!(sent >= 200, "{sent} requests");
+        // One that was only late has lost nothing.
+        for _ in 0..sent {
+            assert!(matches!(server.recv(false).unwrap(), Poll::Ready(Some(Received::Pause))));
+        }
+        client.resume().unwrap();
+        assert!(matches!(server.recv(false).unwrap(), Poll::Ready(Some(Received::Resume))));
     }
 
     #[test]

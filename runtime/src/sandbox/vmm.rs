@@ -194,6 +194,10 @@ impl Vmm {
 
     /// A VMM that takes no more requests may have said why.
     fn reason(&self, error: control::Error) -> Error {
+        if matches!(error, control::Error::Unread) {
+            // Nor does it end by itself, and everybody would wait for it again.
+            self.kill();
+        }
         match self.last_words() {
             Some(Event::Failed { message }) => Error::Failed(printable(&message, REASON_MAX)),
             _ => Error::Control(error),
