@@ -41,6 +41,10 @@ fn detached_task_is_executed_in_paused_measured_and_killed() {
     let exec =
         |id: &str, script: &str| containerd.ctr(&["task", "exec", "--exec-id", id, "a", "sh", "-c", script]);
     assert_eq!(exec("e1", "echo $((6 * 7)); exit 3").code(3).text(), "42\n");
+    // Numbers of the host, whatever runs in the guest.
+    let listed = containerd.ctr(&["task", "ps", "a"]).ok();
+    let listed: Vec<_> = listed.lines().skip(1).map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(listed, [Some(&*containerd.pid("a").to_string())]);
     let metrics = containerd.ctr(&["task", "metrics", "--format", "json", "a"]).ok();
     let metrics: Value = serde_json::from_str(&metrics).unwrap_or_else(|e| panic!("{e}: {metrics}"));
     assert!(metrics["pids"]["current"].as_u64() >= Some(2), "{metrics}");
