@@ -17,12 +17,15 @@ const NOBODY_AT_ALL: u32 = u32::MAX;
 /// Does `work`, and again as who asks, if root is not known where it is done.
 pub fn also_as<T>(ctx: &Context, work: impl Fn() -> io::Result<T>) -> io::Result<T> {
     match work() {
-        Err(e) if e.raw_os_error() == Some(libc::EOVERFLOW) => {
-            let _caller = Caller::become_who_asks(ctx)?;
-            work()
-        }
+        Err(e) if e.raw_os_error() == Some(libc::EOVERFLOW) => as_caller(ctx, work),
         done => done,
     }
+}
+
+/// Does `work` as who asks.
+pub fn as_caller<T>(ctx: &Context, work: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let _caller = Caller::become_who_asks(ctx)?;
+    work()
 }
 
 /// This thread as another user, until it is dropped.

@@ -23,7 +23,7 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::caller::also_as;
+use super::caller::{also_as, as_caller};
 use super::limits::Limits;
 use super::link::{Known, link};
 use super::nodes::Nodes;
@@ -55,6 +55,8 @@ const UNKNOWN_INODE_NUMBER: u64 = 0xffff_ffff;
 
 type Inode = u64;
 type Handle = u64;
+/// What the answer to a CREATE is made of.
+type Created = (Entry, Option<Handle>, OpenOptions, Option<u32>);
 
 /// What a handle is of.
 #[derive(Clone, Copy)]
@@ -119,6 +121,19 @@ impl Share {
         match self.inner.getattr(ctx, inode, handle) {
             Ok((attributes, _)) if self.nodes.is_unchanged(inode, &attributes) => OpenOptions::KEEP_CACHE,
             _ => OpenOptions::empty(),
+        }
+    }
+
+    /// Opens a file that is there as who asks, since the guest's kernel need not know it.
+    fn open_by_name(&self, ctx: &Context, parent: Inode, name: &CStr, args: CreateIn) -> io::Result<Created> {
+        let entry = self.inner.lookup(ctx, parent, name)?;
+        let opened = as_caller(ctx, || self.inner.open(ctx, entry.inode, args.flags, args.fuse_flags));
+        match opened {
+            Ok((handle, options, backing)) => Ok((entry, handle, options, backing)),
+            Err(e) => {
+                self.inner.forget(ctx, entry.inode, 1);
+                Err(e)
+            }
         }
     }
 
@@ -353,8 +368,16 @@ impl FileSystem for Share {
         check_name(name)?;
         self.may_open()?;
         self.may_know_more()?;
-        let flags = args.flags;
-        let (entry, handle, options, backing) = self.inner.create(ctx, parent, name, args)?;
+        // The passthrough counts what is there already as known before it opens that, and where it cannot be opened (a
+        // pipe, a symbolic link) never takes it back. So it makes new files only, and what is there is opened here.
+        let exclusive = args.flags | libc::O_EXCL as u32;
+        let made = self.inner.create(ctx, parent, name, CreateIn { flags: exclusive, ..args });
+        let is_there = matches!(&made, Err(e) if e.raw_os_error() == Some(libc::EEXIST));
+        let (flags, (entry, handle, options, backing)) = if is_there && args.flags != exclusive {
+            (args.flags, self.open_by_name(ctx, parent, name, args)?)
+        } else {
+            (exclusive, made?)
+        };
         self.opened(handle, Opened::File(flags));
         Ok((self.known(ctx, parent, entry)?, handle, options, backing))
     }

@@ -560,6 +560,53 @@ fn the_number_of_known_inodes_is_bounded_and_forgetting_makes_room() {
     share.lookup(&ctx, ROOT, &name(20)).unwrap();
 }
 
+/// Descriptors of this process whose place is this path.
+fn descriptors_of(path: &Path) -> usize {
+    let all = std::fs::read_dir("/proc/self/fd").unwrap();
+    // One that was listed may be gone.
+    all.flatten().filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|place| place == path)).count()
+}
+
+/// fuse-backend-rs counts what it cannot open as known, for ever.
+#[test]
+fn creating_what_is_there_opens_it_or_holds_nothing_of_it() {
+    use fuse_backend_rs::abi::fuse_abi::CreateIn;
+    use fuse_backend_rs::api::filesystem::{Context, FileSystem, FsOptions};
+    let mount = Mount::new();
+    let root = std::fs::canonicalize(mount.share("")).unwrap();
+    let fifo = cstr(root.join("fifo").to_str().unwrap());
+    // SAFETY: a path that ends with a zero.
+    assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr().cast(), 0o600) }, 0);
+    std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
+    symlink("nowhere", root.join("link")).unwrap();
+    std::fs::create_dir(root.join("dir")).unwrap();
+    mount.write("file", b"content");
+    let share = share::Share::new(root.display().to_string(), Limits { handles: 10, inodes: 20 }).unwrap();
+    share.init(FsOptions::empty()).unwrap();
+    let ctx = Context::new();
+    let create = |name: &str, flags: i32| {
+        let args = CreateIn { flags: flags as u32, mode: 0o600, ..CreateIn::default() };
+        share.create(&ctx, ROOT, &std::ffi::CString::new(name).unwrap(), args)
+    };
+    for name in ["fifo", "socket", "link", "dir"] {
+        for _ in 0..3 {
+            assert!(create(name, libc::O_RDWR).is_err(), "{name}");
+        }
+        assert_eq!((share.known_inodes(), descriptors_of(&root.join(name))), (0, 0), "{name}");
+    }
+    let (entry, handle, ..) = create("file", libc::O_RDWR | libc::O_CREAT).unwrap();
+    let exists = create("file", libc::O_RDWR | libc::O_EXCL).err().unwrap();
+    assert_eq!(exists.raw_os_error(), Some(libc::EEXIST));
+    // One as known, one as open.
+    assert_eq!((share.known_inodes(), descriptors_of(&root.join("file"))), (1, 2));
+    share.release(&ctx, entry.inode, 0, handle.unwrap(), false, false, None).unwrap();
+    share.forget(&ctx, entry.inode, 1);
+    assert_eq!((share.known_inodes(), descriptors_of(&root.join("file"))), (0, 0));
+    assert_eq!(std::fs::read(root.join("file")).unwrap(), b"content");
+    create("file", libc::O_WRONLY | libc::O_TRUNC).unwrap();
+    assert_eq!(std::fs::read(root.join("file")).unwrap(), b"");
+}
+
 #[test]
 fn a_malformed_chain_makes_the_device_ask_for_a_reset_and_it_serves_again_after_one() {
     let mut mount = Mount::new();
