@@ -4,6 +4,10 @@
 //! file that is open in the guest. Guests with large trees need many: the process' own limit is raised as far
 //! as it goes, and the guest gets what is left after everything else, so that a guest that uses up its share
 //! sees ENFILE while its streams go on.
+//!
+//! Not bounded is what fuse-backend-rs keeps of a file that the guest has forgotten: by which number it was known, 66 bytes
+//! for each that there ever was, until the VM ends. Most file systems give the number of a removed file to the next; on
+//! one that never does (tmpfs, btrfs) a guest that makes and removes files without end has the VMM grow, within its cgroup.
 
 use crate::virtio::vsock::MAX_STREAMS;
 
