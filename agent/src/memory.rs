@@ -35,8 +35,9 @@ pub async fn set(containers: &Containers, request: &SetMemoryRequest) -> Result<
     let wanted = request.bytes / request.block;
     let tried = containers
         .aside(move || if blocks.in_use() < wanted { blocks.take(wanted) } else { blocks.release(wanted) });
-    let reason = tried.await.err().map(|e| e.to_string()).unwrap_or_default();
-    cgroup::share_memory()?;
+    // Whatever fails from here on: what is in use by then is.
+    let tried = tried.await.and(cgroup::share_memory());
+    let reason = tried.err().map(|e| e.to_string()).unwrap_or_default();
     Ok(SetMemoryResponse { bytes: blocks.in_use() * blocks.size, reason, ..Default::default() })
 }
 

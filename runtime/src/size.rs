@@ -169,6 +169,15 @@ impl Demand {
         self.limits.insert(container.into(), limit)
     }
 
+    /// Counts it as [`Self::count`] has said that it was counted before, unless it has gone meanwhile.
+    pub fn restore(&mut self, container: &str, before: Option<Option<u64>>) {
+        match (self.limits.get_mut(container), before) {
+            (Some(limit), Some(before)) => *limit = before,
+            (_, None) => self.forget(container),
+            (None, Some(_)) => {}
+        }
+    }
+
     /// Counts it no more.
     pub fn forget(&mut self, container: &str) {
         self.limits.remove(container);
@@ -482,6 +491,23 @@ mod tests {
         assert_eq!(demand.count("a", Some(128 * MIB)), Some(Some(64 * MIB)));
         assert!((64 * MIB..67 * MIB).contains(&(demand.memory().unwrap() - one)));
         demand.forget("a");
+        assert_eq!(demand.memory().unwrap(), none);
+    }
+
+    #[test]
+    fn a_limit_that_comes_to_nothing_is_taken_back_but_brings_nobody_back() {
+        let mut demand = Demand::new(VmSize { vcpus: 1, memory: 194 * MIB }, By::Limit);
+        demand.count("a", Some(64 * MIB));
+        let one = demand.memory().unwrap();
+        for container in ["a", "b"] {
+            let before = demand.count(container, Some(512 * MIB));
+            demand.restore(container, before);
+            assert_eq!(demand.memory().unwrap(), one, "{container}");
+        }
+        let before = demand.count("a", None);
+        demand.forget("a");
+        let none = demand.memory().unwrap();
+        demand.restore("a", before);
         assert_eq!(demand.memory().unwrap(), none);
     }
 

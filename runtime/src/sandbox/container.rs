@@ -276,7 +276,13 @@ impl Container {
         let resources: LinuxResources = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
         let limit = size::memory_limit(&resources).map_err(|e| e.to_string())?;
         let guests = serde_json::to_vec(&guest::guests_part(resources.clone())).map_err(|e| e.to_string())?;
-        let before = self.sandbox.promise(&self.id(), limit).await.map_err(|e| e.to_string())?;
+        let before = match self.sandbox.promise(&self.id(), limit).await {
+            Ok(before) => before,
+            Err(e) => {
+                self.save_size().map_err(|e| e.to_string())?;
+                return Err(e.to_string());
+            }
+        };
         let updated = self.sandbox.agent.update(&self.id(), guests).await;
         if updated.is_err() {
             self.sandbox.restore(&self.id(), before);

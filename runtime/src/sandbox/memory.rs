@@ -16,7 +16,7 @@ use nix::sys::sysinfo::sysinfo;
 use stockade_vmm::memory::Window;
 use tokio::sync::Mutex;
 
-use super::{Error, Sandbox, cgroup};
+use super::{Error, Sandbox, agent, cgroup};
 use crate::size::{By, Demand, VmSize};
 
 /// What a VM has, and what it is to have.
@@ -105,18 +105,15 @@ impl Sandbox {
         };
         if let Err(e) = grown {
             self.restore(container, before);
+            self.shrink().await;
             return Err(e);
         }
         Ok(before)
     }
 
-    /// Counts a container as it was counted before.
+    /// Counts a container as it was counted before, unless it has gone meanwhile.
     pub fn restore(&self, container: &str, before: Before) {
-        let mut demand = self.memory.demand.borrow_mut();
-        match before.0 {
-            Some(limit) => drop(demand.count(container, limit)),
-            None => demand.forget(container),
-        }
+        self.memory.demand.borrow_mut().restore(container, before.0);
     }
 
     /// Counts a container no more. What it had is given back when the VM is told to [shrink](Self::shrink).
@@ -138,11 +135,18 @@ impl Sandbox {
             return Err(e.into());
         }
         added.set(wanted);
-        let reply = self.agent.set_memory(window.start, window.block, wanted).await;
-        let reply =
-            reply.map_err(|source| Error::Agent { what: "have the guest use more memory", source })?;
+        let reply = match self.agent.set_memory(window.start, window.block, wanted).await {
+            Ok(reply) => reply,
+            Err(source) => {
+                // Who says no has taken none of it. Who says nothing may do so yet.
+                if matches!(source, agent::Error::Refused(_)) {
+                    self.take_back(before).await?;
+                }
+                return Err(Error::Agent { what: "have the guest use more memory", source });
+            }
+        };
         let in_use = window.blocks_for(reply.bytes.clamp(before, wanted));
-        if in_use < wanted {
+        if in_use < wanted || !reply.reason.is_empty() {
             self.take_back(in_use).await?;
             return Err(Error::NotUsed { bytes: wanted - before, why: reply.reason });
         }

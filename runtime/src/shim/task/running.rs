@@ -219,7 +219,13 @@ impl Pod {
             None => None,
             Some(_) => {
                 let limit = size::memory_limit(&limits).map_err(sandbox::Error::Size)?;
-                Some(vm.promise(id, limit).await?)
+                match vm.promise(id, limit).await {
+                    Ok(before) => Some(before),
+                    Err(e) => {
+                        self.save_size()?;
+                        return Err(e.into());
+                    }
+                }
             }
         };
         let updated = vm.agent.update(id, resources).await;
