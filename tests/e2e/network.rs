@@ -341,6 +341,7 @@ fn interface_that_comes_between_create_and_start_is_there() {
 
 fn prestart_hook_fills_a_fresh_namespace_by_pid() {
     let n = unique();
+    tool("modprobe tun");
     // What Docker's hook does: finds the namespace by the pid in the state, and fills it.
     let script = format!(
         r#"pid=$(sed 's/.*"pid": *\([0-9]*\).*/\1/') && [ "$(readlink /proc/$pid/ns/net)" != "$(readlink /proc/self/ns/net)" ] &&
