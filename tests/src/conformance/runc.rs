@@ -56,7 +56,8 @@ fn lay_out(runtime: &Path) -> Result<LaidOut, String> {
     fs::write(helper.join("sd-helper"), SD_HELPER).or_say("write the slices' helper")?;
     sh(&format!("chmod 755 {}/sd-helper", helper.display()))?;
     // Cases ask for block devices, and look for what cgroups can do in one that is not the root.
-    sh("modprobe -a loop bfq; mkdir /sys/fs/cgroup/conformance")?;
+    // With systemd runc warns of a device that is not there, in the middle of what cases read.
+    sh("modprobe -a loop bfq tun; mkdir /sys/fs/cgroup/conformance")?;
     cover_usr()?;
     Ok(LaidOut { folder, environment: vec![("RUNC", runtime.into())] })
 }
