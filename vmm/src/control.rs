@@ -193,7 +193,7 @@ pub enum Error {
     #[error("cannot send on the VMM control socket: {0}")]
     Send(#[source] io::Error),
     /// the socket is full
-    #[error("the VMM has stopped to read its control socket")]
+    #[error("the VMM reads its control socket no more")]
     Unread,
     /// cannot receive from the control socket
     #[error("cannot receive from the VMM control socket: {0}")]

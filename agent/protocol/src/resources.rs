@@ -75,10 +75,8 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Refused> {
     }
     for (file, value) in resources.unified().iter().flatten() {
         let file = file_part("unified", file)?;
-        if let Some(controller) = HOSTS.iter().find(|prefix| file.starts_with(**prefix)) {
-            let reason =
-                format!("{controller}* is the host's to limit; name it in linux.resources.{{cpu,blockIO}}");
-            return Err(refuse(&format!("unified[{file:?}]"), reason));
+        if let Some((_, reason)) = REFUSED.iter().find(|(prefix, _)| file.starts_with(prefix)) {
+            return Err(refuse(&format!("unified[{file:?}]"), *reason));
         }
         let only_if_present = ABSENT.iter().any(|prefix| file.starts_with(prefix));
         settings.push(Setting { only_if_present, ..set("linux.resources.unified", file, value) });
@@ -86,8 +84,12 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Refused> {
     Ok(settings)
 }
 
-/// Files that mean the host's devices and CPUs.
-const HOSTS: [&str; 3] = ["io.", "cpuset.", "rdma."];
+/// Files that mean the host's devices and CPUs, and what to do instead.
+const REFUSED: [(&str, &str); 3] = [
+    ("io.", "the devices are the host's; use linux.resources.blockIO"),
+    ("cpuset.", "the CPUs are the host's; use linux.resources.cpu"),
+    ("rdma.", "the guest has no RDMA devices; remove it"),
+];
 /// Files of what the guest has none of, so that limits hold: kubelet has every container's swap be 0.
 const ABSENT: [&str; 3] = ["memory.swap.", "memory.zswap.", "hugetlb."];
 

@@ -49,7 +49,7 @@ const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.
 
 /// Runs OCI containers, each in a microVM of its own
 #[derive(Parser)]
-#[command(name = "stockade", version = VERSION, disable_version_flag = true, disable_help_subcommand = true)]
+#[command(name = "stockade", version = VERSION, disable_version_flag = true)]
 struct Arguments {
     /// Print version
     #[arg(short = 'v', short_alias = 'V', long, action = ArgAction::Version)]
@@ -180,12 +180,6 @@ impl Arguments {
     }
 
     fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
-        let mut words: Vec<_> = words.into_iter().collect();
-        // clap's own command for it is a second description of all the others, which every supervisor would have.
-        if words.get(1).is_some_and(|word| word == "help") {
-            words.remove(1);
-            words.push("--help".into());
-        }
         Arguments::from_arg_matches(&Arguments::described().try_get_matches_from(words)?)
     }
 }

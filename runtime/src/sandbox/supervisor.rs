@@ -214,7 +214,7 @@ impl Supervisor {
                 tracing::warn!("{e}");
             }
         } else {
-            // Here is its removal, of one that could not be made as well.
+            // It is removed here and now, as is one that could not be made.
             self.container.state.borrow_mut().status = Status::Stopped;
             let state = self.container.state.borrow();
             hooks::run_last(&state.poststop, &state.to_oci_json(), &self.container.outside);
